@@ -1,0 +1,61 @@
+# The doors of distilrepro. A recipe calls one program after another and decides nothing: the logic lives in distilrepro/, docs/ and tests/.
+PYTHON ?= $(or $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done),python3)
+PRESET ?= quick
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+SOURCES := settings.ini setup.py pyproject.toml constraints.txt
+
+# $(call option,name,VARIABLE): --name='value' when VARIABLE is set, quoted so that the shell never reads the value
+option = $(if $(value $(2)),--$(1)='$(subst ','\'',$(value $(2)))')
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test docs export check clean lock
+
+help: ## list the doors
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+
+reproduce: .venv/run ## the whole story, to runs/RUN/report.html (PRESET=quick SCALE= DATA= RUN=)
+	@$(BIN)/distilrepro reproduce $(call option,preset,PRESET) $(call option,scale,SCALE) $(call option,data,DATA) $(call option,run,RUN)
+
+test: .venv/dev ## lint, generated files, library notebooks, pytest; prints how many and how long
+	@$(BIN)/python tests/run.py
+
+docs: .venv/dev ## the site, to _docs/index.html
+	@$(BIN)/python docs/build.py
+
+export: .venv/dev ## notebooks -> distilrepro/*.py and README.md; clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python docs/readme.py
+
+check: .venv/dev ## lint; is everything generated as the notebooks say? changes nothing
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest tests/test_generated.py
+
+clean: ## remove what was built (never runs/ nor .venv/)
+	rm -rf _proc _docs docs/_nb build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+lock: ## resolve all dependencies anew, to constraints.txt
+	rm -rf .venv/lock
+	$(PYTHON) -m venv .venv/lock
+	.venv/lock/bin/python -m pip install --quiet 'torch==2.13.0' --editable '.[minilm,dev,docs]'
+	.venv/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable > .venv/lock/frozen.txt
+	sed -n '/^#/p' constraints.txt > .venv/lock/constraints.txt
+	sed 's/+[a-z0-9.]*$$//' .venv/lock/frozen.txt >> .venv/lock/constraints.txt
+	mv .venv/lock/constraints.txt constraints.txt
+	rm -rf .venv/lock
+
+# Two installations, made once and again when what they are made from changes: to run, and (with test and site tools) to work on it.
+.venv/run: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("distilrepro needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	@echo 'installing distilrepro into .venv (minutes the first time)'
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) '.[minilm]'
+	@touch $@
+
+.venv/dev: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("distilrepro needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
+	@echo 'installing distilrepro and its tools into .venv (minutes the first time)'
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) '.[minilm,dev,docs]'
+	@touch .venv/run $@
