@@ -118,7 +118,7 @@ def test_held_out_documents_come_from_another_stream():
 
 
 def test_the_vocabulary_is_really_loaded(tokenizer):
-    from distilrepro.synthetic import vocabulary
+    from distilrepro.language import vocabulary
     assert tokenizer.get_vocab() == {t: i for i, t in enumerate(vocabulary())}
 
 

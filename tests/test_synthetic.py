@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilrepro.config import UserError
+from distilrepro.language import Event, alter, distort, draw_event, sentence, slots, stream, vocabulary
 from distilrepro.lookalikes import TASKS, inputs, task
-from distilrepro.synthetic import Event, alter, distort, documents, draw_event, pairs, sentence, slots, stream, vocabulary
+from distilrepro.synthetic import documents, pairs
 
 COLUMNS = {
     "cola": "sentence label idx",
@@ -30,7 +31,8 @@ COLUMNS = {
 
 DIGEST_CODE = """
 import hashlib, json
-from distilrepro.synthetic import documents, pairs, vocabulary
+from distilrepro.language import vocabulary
+from distilrepro.synthetic import documents, pairs
 from distilrepro.lookalikes import TASKS, task
 print(hashlib.sha256(json.dumps([documents(0, 300), pairs(0, 300), vocabulary(), {n: task(n, 0) for n in TASKS}]).encode()).hexdigest())
 """

@@ -1,0 +1,162 @@
+"The vocabulary terms in pieces against whole matrices, loops and finite differences."
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForMaskedLM
+
+from distilrepro import losses
+from distilrepro.config import Loss, UserError
+from distilrepro.losses import IGNORE, Counts, count, triple_loss, vocab_loss, vocab_terms
+from distilrepro.student import build_student
+
+
+def case(n, d=5, vocab=11, masked=0.3, seed=0, dtype=torch.float64, spread=1.0):
+    "Rows and decoders of student and teacher, and labels."
+    g = torch.Generator().manual_seed(seed)
+    def draw(*shape): return spread * torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+    student = [draw(n, d), draw(vocab, d), draw(vocab)]
+    labels = torch.where(torch.rand(n, generator=g) < masked, torch.randint(0, vocab, (n,), generator=g), IGNORE)
+    return [t.requires_grad_() for t in student], (draw(n, d + 2), (draw(vocab, d + 2), draw(vocab))), labels
+
+
+def gradients(function, tensors, upstream=1.0):
+    "Value and gradients of a scalar function of the student's tensors."
+    value = function(*tensors)
+    return value.detach(), torch.autograd.grad(value * upstream, tensors, allow_unused=True)
+
+
+def whole(teacher, labels, T, a, b):
+    def f(rows, w, bias):
+        kl, ce = vocab_terms(rows, (w, bias), *teacher, labels, T)
+        return a * kl + b * ce
+    return f
+
+
+def pieces(teacher, labels, T, a, b):
+    return lambda rows, w, bias: vocab_loss(rows, (w, bias), *teacher, labels, T, a, b)[0]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 23), st.integers(1, 3), st.integers(1, 5), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([1.0, 2.0, 7.0]),
+       st.sampled_from([(5.0, 2.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]), st.integers(0, 99))
+def test_pieces_equal_whole_matrices(n, blocks, block, masked, T, weights, seed):
+    tensors, teacher, labels = case(n, masked=masked, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "PIECE", blocks * block)
+        patch.setattr(losses, "BLOCK", block)
+        value, grads = gradients(pieces(teacher, labels, T, *weights), tensors, upstream=3.7)
+        _, kl, ce = vocab_loss(tensors[0], tuple(tensors[1:]), *teacher, labels, T, *weights)
+    want, want_grads = gradients(whole(teacher, labels, T, *weights), tensors, upstream=3.7)
+    want_kl, want_ce = vocab_terms(tensors[0], tuple(tensors[1:]), *teacher, labels, T)
+    torch.testing.assert_close((value, kl, ce), (want, want_kl.detach(), want_ce.detach()))
+    for got, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, expected if expected is not None else torch.zeros_like(got))
+    assert not kl.requires_grad and not ce.requires_grad
+
+
+@pytest.mark.parametrize("n", [1, losses.BLOCK - 1, losses.BLOCK, losses.PIECE - 1, losses.PIECE, losses.PIECE + 1, 2 * losses.PIECE + 33])
+def test_pieces_of_the_real_size_equal_whole_matrices(n):
+    tensors, teacher, labels = case(n, vocab=7, dtype=torch.float32)
+    got, want = (gradients(f(teacher, labels, 2.0, 5 / n, 2 / n), tensors) for f in (pieces, whole))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_terms_equal_a_loop_over_tokens():
+    (rows, w, b), (t_rows, (t_w, t_b)), labels = case(6, masked=0.5, seed=3)
+    T, kl, ce = 2.0, 0.0, 0.0
+    for r, t, y in zip((rows @ w.T + b).tolist(), (t_rows @ t_w.T + t_b).tolist(), labels.tolist(), strict=True):
+        def log_softmax(x, T):
+            top = max(x)
+            return [(v - top) / T - math.log(sum(math.exp((u - top) / T) for u in x)) for v in x]
+        q, p = log_softmax(r, T), log_softmax(t, T)
+        kl += T**2 * sum(math.exp(pi) * (pi - qi) for pi, qi in zip(p, q, strict=True))
+        ce -= log_softmax(r, 1.0)[y] if y != IGNORE else 0.0
+    _, got_kl, got_ce = vocab_loss(rows, (w, b), t_rows, (t_w, t_b), labels, T, 1.0, 1.0)
+    assert (got_kl.item(), got_ce.item()) == (pytest.approx(kl), pytest.approx(ce))
+
+
+@pytest.mark.parametrize("T", [1.0, 2.0, 7.0])
+@pytest.mark.parametrize("masked", [0.0, 0.5, 1.0])
+def test_gradient_equals_finite_differences(T, masked):
+    tensors, teacher, labels = case(4, d=3, vocab=5, masked=masked, seed=1)
+    assert torch.autograd.gradcheck(pieces(teacher, labels, T, 5.0, 2.0), tensors)
+
+
+def test_bfloat16_gradients_point_the_same_way():
+    tensors, teacher, labels = case(700, d=64, vocab=1000, masked=0.15, dtype=torch.float32, spread=0.3)
+    value, exact = gradients(pieces(teacher, labels, 2.0, 5 / 700, 2 / 100), tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        low_value, low = gradients(pieces(teacher, labels, 2.0, 5 / 700, 2 / 100), tensors)
+    assert low_value.item() == pytest.approx(value.item(), rel=1e-2)
+    for got, want in zip(low, exact, strict=True):
+        assert got.dtype == torch.float32
+        assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) >= 0.999
+
+
+def test_large_logits_stay_finite():
+    tensors, teacher, labels = case(9, spread=60.0, dtype=torch.float32)
+    value, grads = gradients(pieces(teacher, labels, 1.0, 5.0, 2.0), tensors)
+    assert torch.isfinite(value) and all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    teacher = BertForMaskedLM(BertConfig(vocab_size=31, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+                                         max_position_embeddings=32, initializer_range=0.5)).double().eval()
+    student, _ = build_student(teacher, dropout=0.0)
+    return student.double().eval(), teacher
+
+
+def batch(lengths, width, seed=0):
+    "Ids, attention and labels of sequences, padded to a width."
+    g = torch.Generator().manual_seed(seed)
+    ids, labels = torch.zeros(len(lengths), width, dtype=torch.long), torch.full((len(lengths), width), IGNORE)
+    for i, n in enumerate(lengths):
+        ids[i, :n] = torch.randint(5, 31, (n,), generator=g)
+        labels[i, 1:n:3] = ids[i, 1:n:3]
+    return ids, (torch.arange(width) < torch.tensor(lengths)[:, None]).long(), labels
+
+
+@pytest.mark.parametrize("positions", ["all", "masked"])
+def test_padding_changes_nothing(models, positions):
+    args, out = Loss(positions=positions), []
+    for width in (7, 19):
+        ids, attention, labels = batch([7, 4, 6], width)
+        loss, parts = triple_loss(*models, ids, attention, labels, args, count(attention, labels))
+        out.append([loss.detach(), *(parts[k].detach() for k in ("ce", "mlm", "cos"))])
+    torch.testing.assert_close(*out)
+
+
+@pytest.mark.parametrize("positions", ["all", "masked"])
+def test_accumulated_micro_batches_equal_one_batch(models, positions):
+    student, args = models[0], Loss(positions=positions)
+    ids, attention, labels = batch([9, 3, 5, 8, 6], 9)
+    labels[1] = IGNORE  # a micro-batch of its own without a masked token
+    whole_counts = count(attention, labels)
+
+    def accumulate(groups):
+        student.zero_grad()
+        total = 0.0
+        for g in groups:
+            loss, _ = triple_loss(*models, ids[g], attention[g], labels[g], args, whole_counts)
+            loss.backward()
+            total += loss.item()
+        return total, [p.grad.clone() for p in student.parameters()]
+
+    (one, grads), (many, many_grads) = accumulate([[0, 1, 2, 3, 4]]), accumulate([[0], [1], [2, 4], [3]])
+    assert many == pytest.approx(one)
+    torch.testing.assert_close(many_grads, grads)
+    parts = [count(attention[g], labels[g]) for g in ([0], [1], [2, 4], [3])]
+    assert sum(parts, Counts(0, 0)) == whole_counts
+
+
+def test_vocabularies_and_widths_that_differ_are_named():
+    tensors, teacher, labels = case(3)
+    with pytest.raises(UserError, match="11 and 10 words"):
+        vocab_loss(tensors[0], tuple(tensors[1:]), teacher[0], (teacher[1][0][:10], teacher[1][1][:10]), labels, 2.0, 1.0, 1.0)
+    with pytest.raises(UserError, match="w_cos=0"):
+        losses.hidden_cosine(torch.ones(3, 4), torch.ones(3, 5))
