@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'Sets', 'PresetName', 'Scale', 'DataDir', 'show', 'reproduce', 'notebook', 'report', 'publish', 'distil',
-           'finetune', 'evaluate', 'show_scores', 'fetch', 'doctor', 'presets', 'main']
+           'show_scores', 'finetune', 'evaluate', 'fetch', 'doctor', 'presets', 'main']
 
-# %% ../nbs/lib/17_cli.ipynb #39830e34
+# %% ../nbs/lib/17_cli.ipynb #640203c8
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .config import UserError, finetune_for, load_settings, preset_names
+from .config import QUIET, UserError, finetune_for, load_settings, preset_names
 
 # %% ../nbs/lib/17_cli.ipynb #42253b94
 app = typer.Typer(help="DistilBERT, reproduced: distil, fine-tune, evaluate, and rebuild every table.", no_args_is_help=True,
@@ -38,7 +40,7 @@ def show(
         out.add_row(*row)
     Console(force_jupyter=False).print(out)
 
-# %% ../nbs/lib/17_cli.ipynb #c484bf11
+# %% ../nbs/lib/17_cli.ipynb #8aea0319
 @app.command()
 def reproduce(
     preset: PresetName = "quick",
@@ -54,7 +56,7 @@ def reproduce(
     settings = workflow.resolve(preset, scale, data, tuple(sets or ()))
     typer.echo(str(workflow.reproduce(settings, workflow.run_folder(settings, run), cores)))
 
-
+# %% ../nbs/lib/17_cli.ipynb #ee7dc291
 @app.command()
 def notebook(
     name: Annotated[str, typer.Argument(help="Name of a job, such as t1_glue.")],
@@ -81,13 +83,13 @@ def publish(
     run: Annotated[Path, typer.Option(help="Run folder.")],
     to: Annotated[Path, typer.Option(help="Folder of small results, replaced.")],
 ):
-    "Copy a run's settings, provenance, records, tables and pictures."
+    "Copy a run's settings, provenance, records, predictions, tables and pictures."
     from distilrepro import workflow
     from distilrepro.records import Run
 
     typer.echo(f"{len(workflow.publish(Run(run), to))} files in {to}")
 
-# %% ../nbs/lib/17_cli.ipynb #e999a444
+# %% ../nbs/lib/17_cli.ipynb #5f06096c
 @app.command()
 def distil(
     teacher: Annotated[str, typer.Option(help="Folder or hub id of a BERT with MLM head.")],
@@ -100,7 +102,18 @@ def distil(
 
     typer.echo(str(workflow.distil(teacher, tuple(text), out, tuple(sets or ()))))
 
+# %% ../nbs/lib/17_cli.ipynb #81ea13b3
+def show_scores(
+    task: str,
+    n: int,  # examples
+    metrics: dict[str, float],  # as fractions
+) -> None:
+    "Print the scores of a task."
+    import pandas as pd
 
+    show(pd.DataFrame([(k, f"{100 * v:.1f}") for k, v in metrics.items()], columns=["metric", "x 100"]), f"{task}, {n} examples")
+
+# %% ../nbs/lib/17_cli.ipynb #7cf76733
 @app.command()
 def finetune(
     model: Annotated[Path, typer.Option(help="Folder of a BERT or DistilBERT.")],
@@ -112,19 +125,18 @@ def finetune(
 ):
     "Fine-tune a model on a task and print its scores; predictions.parquet lies in the folder of the model."
     from distilrepro import workflow
-    from distilrepro.corpus import load_tokenizer
-    from distilrepro.finetune import finetune
+    from distilrepro.finetune import finetune, own_tokenizer
     from distilrepro.stages import save_model
 
     settings = workflow.resolve("sanh2019", data=data, sets=tuple(sets or ()))
-    tokenizer = load_tokenizer(settings.data, str(model))
+    tokenizer = own_tokenizer(model)
     with workflow.bar(f"{task}, seed {seed}") as told:
         tuned = finetune(model, task, settings.data, tokenizer, finetune_for(settings, task), seed, told)
     save_model(tuned.model, tokenizer, out)
     tuned.predictions.to_parquet(out / "predictions.parquet", index=False)
     show_scores(task, len(tuned.predictions), tuned.metrics)
 
-
+# %% ../nbs/lib/17_cli.ipynb #3f04f5b0
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Option(help="Folder of a fine-tuned model.")],
@@ -140,18 +152,7 @@ def evaluate(
     table, metrics = evaluate_model(model, task, settings.data, finetune_for(settings, task))
     show_scores(task, len(table), metrics)
 
-
-def show_scores(
-    task: str,
-    n: int,  # examples
-    metrics: dict[str, float],  # as fractions
-) -> None:
-    "Print the scores of a task."
-    import pandas as pd
-
-    show(pd.DataFrame([(k, f"{100 * v:.1f}") for k, v in metrics.items()], columns=["metric", "x 100"]), f"{task}, {n} examples")
-
-# %% ../nbs/lib/17_cli.ipynb #d018b54c
+# %% ../nbs/lib/17_cli.ipynb #b924cc74
 @app.command()
 def fetch(
     to: Annotated[Path, typer.Option(help="Folder that receives the local layout.")],
@@ -165,7 +166,7 @@ def fetch(
     done = workflow.fetch(load_settings(preset, scale, tuple(sets or ())), to, lambda name: typer.echo(f"fetching {name}", err=True))
     typer.echo(f"{', '.join(done)} in {to}")
 
-
+# %% ../nbs/lib/17_cli.ipynb #8cdc0dc0
 @app.command()
 def doctor(preset: PresetName = "quick", scale: Scale = "", data: DataDir = "", sets: Sets = None):
     "Say what is installed, what data and models are found, what a preset would do and roughly how long."
@@ -184,9 +185,11 @@ def presets():
     rows = [(name, load_settings(name).note) for name in preset_names()]
     show(pd.DataFrame(rows, columns=["preset", "what it is"]), "presets")
 
-# %% ../nbs/lib/17_cli.ipynb #f5c566d6
+# %% ../nbs/lib/17_cli.ipynb #d0961292
 def main() -> None:
     "Run the command line: exit code 2 for a user's mistake, 1 for a failure, each with one sentence."
+    os.environ |= QUIET
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through `finally`, so that no child stays behind
     try:
         app()
     except UserError as e:

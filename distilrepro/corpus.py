@@ -7,7 +7,7 @@ __all__ = ['split_long', 'sequences', 'TokenStore', 'sha', 'input_marks', 'store
            'open_store', 'build_store', 'empty_corpus', 'plan_epoch', 'padding_share', 'collate', 'load_split',
            'load_tokenizer', 'texts']
 
-# %% ../nbs/lib/05_corpus.ipynb #d60d6ca6
+# %% ../nbs/lib/05_corpus.ipynb #7d17e84a
 import hashlib
 import json
 from array import array
@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from . import synthetic
 from .config import Data, UserError
-from .records import atomic_folder, write_atomic
+from .records import atomic_folder, code_hash, write_atomic
 from .sources import HUB, load_split, load_tokenizer, local_files, raw_tokenizer, texts
 
 # %% ../nbs/lib/05_corpus.ipynb #562b0e71
@@ -100,7 +99,7 @@ class TokenStore:
                 f"| pieces | number | share |\n|---|---|---|\n{shares}\n\nlongest {self.lengths.max()}, median {np.median(self.lengths):g} "
                 f"tokens; cut at the token budget: {'yes' if c['cut'] else 'no'}; content `{self.content_hash[:12]}`")
 
-# %% ../nbs/lib/05_corpus.ipynb #913ba4fa
+# %% ../nbs/lib/05_corpus.ipynb #cf728055
 def sha(
     *parts: bytes,
 ) -> str:  # 64 hex digits
@@ -115,7 +114,7 @@ def input_marks(
 ) -> list[str]:  # one mark for each input, in order
     "Mark what a corpus is made from, so that a change is noticed."
     if data.source == "synthetic":
-        return [sha(Path(synthetic.__file__).read_bytes()), str(data.documents), str(data.heldout_tokens)]
+        return [code_hash("from distilrepro.synthetic import documents"), str(data.documents), str(data.heldout_tokens)]
     if data.source == "hub":
         return [str(HUB.get(name, name)) for name in names]
     marks = []

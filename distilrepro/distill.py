@@ -7,9 +7,10 @@ __all__ = ['planned_updates', 'lr_factor', 'micro_batches', 'stream_seed', 'save
            'one_update', 'adamw', 'threads', 'pick_device', 'fit', 'Meter', 'MaskedBatch', 'MaskedText', 'masked_text',
            'mlm_objective', 'distil_objective', 'evaluate_mlm']
 
-# %% ../nbs/lib/09_distill.ipynb #70d1b8ec
+# %% ../nbs/lib/09_distill.ipynb #85e6d1a2
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def lr_factor(
         return update / max(rise, 1)
     return max(0.0, (total - update) / max(total - rise, 1))
 
-# %% ../nbs/lib/09_distill.ipynb #82c4ebf3
+# %% ../nbs/lib/09_distill.ipynb #cff5c877
 def micro_batches(
     plan: Callable[[int], list[np.ndarray]],  # epoch -> the example ids of its micro-batches
     loop: Loop,
@@ -77,24 +78,33 @@ def micro_batches(
         at = update % per_epoch * loop.accumulation
         yield update, epoch, batches[at : at + loop.accumulation]
 
-
+# %% ../nbs/lib/09_distill.ipynb #8e50a38d
 def stream_seed(
     *numbers: int,  # seed, update, micro-batch, ...
 ) -> int:  # 63 bits
     "Mix numbers into the seed of a random stream of its own."
     return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../nbs/lib/09_distill.ipynb #1d9e5c69
+# %% ../nbs/lib/09_distill.ipynb #44d6fe8c
 def _latest(
     folder: Path,  # of checkpoints `step-N`
     key: str,  # of the present settings, code and inputs
 ) -> Path | None:  # the newest whole one of that key
-    "Find the checkpoint to go on from."
+    "Find the checkpoint to go on from; what a killed process or other settings left behind is removed."
+    if folder.is_dir():
+        for path in (p for p in folder.iterdir() if p.name.startswith(".step-")):
+            shutil.rmtree(path)
     for path in sorted(folder.glob("step-*"), reverse=True):
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state["key"] == key:
+        if json.loads((path / "state.json").read_text(encoding="utf-8"))["key"] == key:
             return path
+        _remove(path)
     return None
+
+# %% ../nbs/lib/09_distill.ipynb #f503b1ff
+def _remove(path: Path) -> None:
+    "Remove a checkpoint; its name goes first, so that half of one is never taken for a whole."
+    gone = path.rename(path.with_name(f".{path.name}.gone"))
+    shutil.rmtree(gone)
 
 
 def save_checkpoint(
@@ -104,29 +114,28 @@ def save_checkpoint(
     update: int,  # updates done
     log: list[dict],
     key: str,
+    values: dict[str, list[float]],  # measured since the last entry of the log
 ) -> None:
     "Write a checkpoint whole, then drop all but the newest two."
     moments = {f"{i}.{name}": t for i, s in optimizer.state_dict()["state"].items() for name, t in s.items()}
     with atomic_folder(folder / f"step-{update:08d}") as tmp:
         save_model(model, str(tmp / "model.safetensors"))
         save_file({k: v.contiguous() for k, v in moments.items()}, str(tmp / "optimizer.safetensors"))
-        (tmp / "state.json").write_text(json.dumps(dict(update=update, key=key, log=log)), encoding="utf-8")
+        (tmp / "state.json").write_text(json.dumps(dict(update=update, key=key, log=log, values=values)), encoding="utf-8")
     for old in sorted(folder.glob("step-*"))[:-2]:
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
+        _remove(old)
 
-
+# %% ../nbs/lib/09_distill.ipynb #d3e97b8c
 def load_checkpoint(
     folder: Path,  # of checkpoints
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     key: str,
-) -> tuple[int, list[dict]]:  # updates done and the log so far; (0, []) to begin
+) -> tuple[int, list[dict], dict]:  # updates done, the log so far, and the values since its last entry; (0, [], {}) to begin
     "Put model and optimizer back where the newest checkpoint left them."
     path = _latest(folder, key)
     if path is None:
-        return 0, []
+        return 0, [], {}
     load_model(model, str(path / "model.safetensors"))
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(str(path / "optimizer.safetensors")).items():
@@ -134,7 +143,7 @@ def load_checkpoint(
         moments.setdefault(int(i), {})[moment] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return state["update"], state["log"]
+    return state["update"], state["log"], state["values"]
 
 # %% ../nbs/lib/09_distill.ipynb #6062a7b6
 @dataclass(frozen=True)
@@ -169,7 +178,7 @@ def one_update(
             total[name] = total.get(name, 0.0) + value
     return {k: float(v) for k, v in total.items()}, counts
 
-# %% ../nbs/lib/09_distill.ipynb #7a729ff3
+# %% ../nbs/lib/09_distill.ipynb #bb4be19d
 def adamw(
     model: nn.Module,
     loop: Loop,
@@ -182,7 +191,7 @@ def adamw(
     ]
     return torch.optim.AdamW(groups, lr=loop.lr, betas=loop.betas, eps=loop.eps, fused=True)
 
-
+# %% ../nbs/lib/09_distill.ipynb #0f5712d6
 @contextmanager
 def threads(
     n: int,
@@ -195,12 +204,12 @@ def threads(
     finally:
         torch.set_num_threads(before)
 
-
+# %% ../nbs/lib/09_distill.ipynb #7cb7dea6
 def pick_device() -> torch.device:
     "Take the GPU if there is one."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/lib/09_distill.ipynb #d9b562ac
+# %% ../nbs/lib/09_distill.ipynb #510e6a98
 def fit(
     model: nn.Module,  # trained in place
     objective: Objective,
@@ -215,8 +224,8 @@ def fit(
     per_epoch, total = planned_updates(loop, len(plan(0)))
     device = pick_device()
     optimizer = adamw(model.to(device), loop)
-    done, log = load_checkpoint(folder, model, optimizer, key) if folder else (0, [])
-    meter = Meter(loop)
+    done, log, values = load_checkpoint(folder, model, optimizer, key) if folder else (0, [], {})
+    meter = Meter(values)
 
     def measure(step):
         if evaluate and not any(e["step"] == step and e["split"] == "heldout" for e in log):
@@ -239,11 +248,11 @@ def fit(
                 measure(step)
                 model.train()
             if folder and loop.save_every and (step % loop.save_every == 0 or step == total):
-                save_checkpoint(folder, model, optimizer, step, log, key)
+                save_checkpoint(folder, model, optimizer, step, log, key, meter.values)
     model.eval()
     return log
 
-
+# %% ../nbs/lib/09_distill.ipynb #5619d405
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loop: Loop, lr: float, update: int) -> float:
     "Clip, step, clear; returns the gradient norm before clipping."
     norm = nn.utils.clip_grad_norm_(model.parameters(), loop.clip).item()
@@ -255,15 +264,15 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loop: Loop, lr: fl
     optimizer.zero_grad(set_to_none=True)
     return norm
 
-# %% ../nbs/lib/09_distill.ipynb #7b873cd8
+# %% ../nbs/lib/09_distill.ipynb #3927eced
 class Meter:
     "Means of the logged values and tokens a second since the last entry."
 
     def __init__(
         self,
-        loop: Loop,
+        values: dict[str, list[float]],  # measured before a checkpoint
     ):
-        self.values: dict[str, list[float]] = {}
+        self.values = values
         self.restart()
 
     def restart(self) -> None:
@@ -288,7 +297,7 @@ class Meter:
         self.restart()
         return out
 
-# %% ../nbs/lib/09_distill.ipynb #5b01d4d0
+# %% ../nbs/lib/09_distill.ipynb #dc5e2fe3
 @dataclass(frozen=True)
 class MaskedBatch:
     "A masked batch and the counts its loss is divided by."
@@ -297,7 +306,7 @@ class MaskedBatch:
     labels_bl: torch.Tensor  # `IGNORE` where nothing was masked
     counts: Counts
 
-
+# %% ../nbs/lib/09_distill.ipynb #88e96a6b
 @dataclass(frozen=True)
 class MaskedText:
     "Text as masked batches: each is a function of (seed, epoch, number, examples)."
@@ -320,7 +329,7 @@ class MaskedText:
         device = pick_device()
         return MaskedBatch(masked.to(device), attention.to(device), labels.to(device), count(attention, labels))
 
-
+# %% ../nbs/lib/09_distill.ipynb #888ee0d6
 def masked_text(
     store: TokenStore,
     tokenizer: PreTrainedTokenizerFast,
@@ -331,7 +340,7 @@ def masked_text(
     weights = token_weights(store.counts(len(tokenizer)), mask, tokenizer.all_special_ids)
     return MaskedText(store, weights, mask, tokenizer.pad_token_id, tokenizer.mask_token_id, seed)
 
-# %% ../nbs/lib/09_distill.ipynb #e39b25a1
+# %% ../nbs/lib/09_distill.ipynb #82e81d64
 def mlm_objective(
     model: nn.Module,  # BERT or DistilBERT with MLM head
     text: MaskedText,
@@ -344,7 +353,7 @@ def mlm_objective(
         return F.cross_entropy(logits, batch.labels_bl[chosen], reduction="sum") / max(counts.masked, 1), {}
     return Objective(text.store.lengths, text, loss)
 
-
+# %% ../nbs/lib/09_distill.ipynb #43065800
 def distil_objective(
     student: nn.Module,
     teacher: nn.Module,
@@ -357,7 +366,7 @@ def distil_objective(
         return triple_loss(student, teacher, batch.ids_bl, batch.attention_bl, batch.labels_bl, args, counts)
     return Objective(text.store.lengths, text, loss)
 
-# %% ../nbs/lib/09_distill.ipynb #e822ae7b
+# %% ../nbs/lib/09_distill.ipynb #43367b1e
 @torch.inference_mode()
 def evaluate_mlm(
     model: nn.Module,  # student, or a teacher on its own
@@ -378,7 +387,7 @@ def evaluate_mlm(
     n = {"mlm_loss": counts.masked, "mlm_accuracy": counts.masked, "kl": counts.tokens, "cosine": counts.tokens}
     return {name: value / max(n[name], 1) for name, value in sums.items()} | {"n": counts.masked}
 
-
+# %% ../nbs/lib/09_distill.ipynb #66d76316
 def _measure(model: nn.Module, teacher: nn.Module | None, b: MaskedBatch) -> dict[str, float]:
     "Sum the held-out measurements over a batch."
     hidden = select_rows(last_hidden(model, b.ids_bl, b.attention_bl), b.attention_bl)

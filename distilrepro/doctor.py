@@ -21,7 +21,7 @@ from .stages import jobs
 from .student import model_folder
 from .tasks import TASKS
 
-# %% ../nbs/lib/16a_doctor.ipynb #1f5e21f5
+# %% ../nbs/lib/16a_doctor.ipynb #d960b1e9
 SHARE = 0.33  # of the measured matrix rate that a whole training step reaches, roughly
 CORPUS_WORDS = {"wikitext-2": 2.4e6, "wikipedia": 2.5e9, "bookcorpus": 0.8e9}  # the last two as the BERT paper counts them
 TRAIN_SIZE = {  # examples in the official training splits
@@ -29,7 +29,7 @@ TRAIN_SIZE = {  # examples in the official training splits
     "imdb": 25000,
 }
 
-
+# %% ../nbs/lib/16a_doctor.ipynb #4078a2f2
 def matrix_rate(
     bf16: bool = False,
     size: int = 1024,
@@ -43,7 +43,7 @@ def matrix_rate(
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
-
+# %% ../nbs/lib/16a_doctor.ipynb #2c5959b9
 def teacher_shape(
     settings: Settings,
 ) -> dict[str, int]:  # width, layers, vocab
@@ -55,7 +55,7 @@ def teacher_shape(
         return dict(width=c["hidden_size"], layers=c["num_hidden_layers"], vocab=c["vocab_size"])
     return dict(width=t.width, layers=t.layers, vocab=700 if settings.data.source == "synthetic" else 30522)
 
-
+# %% ../nbs/lib/16a_doctor.ipynb #72fe6702
 def tokens_seen(
     settings: Settings,
     loop: Loop,
@@ -66,7 +66,7 @@ def tokens_seen(
     in_updates = (loop.max_updates or 10**12) * loop.batch * loop.accumulation * min(data.max_len, 60)
     return min(size * loop.epochs, in_updates)
 
-
+# %% ../nbs/lib/16a_doctor.ipynb #c59b6a78
 def work_of(
     settings: Settings,
 ) -> dict[str, float]:  # floating-point operations of each kind of stage
@@ -84,7 +84,7 @@ def work_of(
         "finetune": len(s.grid.seeds) * tasks * (c["layers"] + few),
     }
 
-# %% ../nbs/lib/16a_doctor.ipynb #6bd18cb1
+# %% ../nbs/lib/16a_doctor.ipynb #fb0e976b
 def found(
     settings: Settings,
 ) -> dict[str, str]:  # what -> where, or what is wrong with it
@@ -105,7 +105,7 @@ def found(
             out[name] = "generated" if data.source == "synthetic" else f"hub: {HUB[name][0] if name in HUB else 'unknown'}"
     return out
 
-
+# %% ../nbs/lib/16a_doctor.ipynb #4a10395a
 def doctor(
     settings: Settings,
 ) -> dict[str, pd.DataFrame]:  # title -> table

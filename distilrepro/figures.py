@@ -65,7 +65,7 @@ def save_figure(
     write_atomic(run.folder / "tables" / f"{name}.png", pixels.getvalue())
     return Picture(vector.getvalue(), str(fig.get_label()))
 
-# %% ../nbs/lib/15b_figures.ipynb #49a6f342
+# %% ../nbs/lib/15b_figures.ipynb #c924d149
 def tasks_figure(
     run: Run,
 ) -> Figure:
@@ -80,7 +80,7 @@ def tasks_figure(
             if model not in r.scores:
                 continue
             colour, median = COLOURS[model], 100 * r.median(model)
-            dots = np.linspace(-0.05, 0.05, len(r.scores[model])) if len(r.scores[model]) > 1 else [0]
+            dots = np.linspace(-0.05, 0.05, len(r.scores[model])) if len(r.scores[model]) > 1 else np.zeros(1)
             ax.plot([x + shift] * 2, 100 * np.array(r.interval(model)), color=colour, lw=1.5)
             ax.plot([x + shift - 0.12, x + shift + 0.12], [median] * 2, color=colour, lw=3, label=model if x == 0 else None)
             ax.scatter(x + shift + dots, 100 * r.scores[model], s=16, color=colour, alpha=0.75, linewidths=0, zorder=3)

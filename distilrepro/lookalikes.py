@@ -7,13 +7,13 @@ __all__ = ['VIOLATIONS', 'IRREGULAR', 'WEIGHTS', 'TASKS', 'disagree', 'violate',
            'draw_mrpc', 'similarity', 'draw_stsb', 'relate', 'draw_mnli', 'draw_rte', 'draw_wnli', 'draw_qqp',
            'draw_qnli', 'draw_squad', 'inputs', 'task']
 
-# %% ../nbs/lib/04_lookalikes.ipynb #8d60c172
+# %% ../nbs/lib/04_lookalikes.ipynb #1c3f4e18
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
 from .config import UserError
-from distilrepro.synthetic import (
+from distilrepro.language import (
     ADJECTIVES,
     NOUNS,
     NUMBERS,
@@ -27,7 +27,6 @@ from distilrepro.synthetic import (
     distort,
     draw_event,
     is_plural,
-    opinion,
     plural,
     question,
     reason,
@@ -35,8 +34,8 @@ from distilrepro.synthetic import (
     sentence,
     slots,
     stream,
-    verdict,
 )
+from .synthetic import opinion, verdict
 
 # %% ../nbs/lib/04_lookalikes.ipynb #bbc62ddb
 def disagree(

@@ -99,7 +99,7 @@ def vocab_terms(
     s_logits, t_logits = F.linear(s_rows_nd, *s_decoder), F.linear(t_rows_nd, *t_decoder)
     return soft_ce(s_logits, t_logits, temperature), mlm_ce(s_logits, labels_n)
 
-# %% ../nbs/lib/08_losses.ipynb #7a3e2f6b
+# %% ../nbs/lib/08_losses.ipynb #076aef29
 PIECE = 512  # rows of one matrix product
 BLOCK = 32  # rows of one softmax: 4 MB at 30,522 words stay in cache; large fresh tensors would cost page faults
 
@@ -123,7 +123,7 @@ def _block_grad(
     kl = torch.dot(p.flatten(), log_p.sub_(log_q).flatten()) * T**2
     return log_q.exp_().sub_(p).mul_(a * T).index_add_(0, hit, grad1, alpha=b), kl, ce
 
-
+# %% ../nbs/lib/08_losses.ipynb #28b7f056
 class _Pieces(torch.autograd.Function):
     "Both vocabulary terms, piece by piece; the gradients are computed on the way forward."
 
@@ -157,7 +157,7 @@ class _Pieces(torch.autograd.Function):
         d_rows, d_w, d_b = ctx.saved_tensors
         return (d_rows * upstream.to(d_rows.dtype), d_w * upstream, d_b * upstream, *(None,) * 7)
 
-
+# %% ../nbs/lib/08_losses.ipynb #6f0c6d12
 def vocab_loss(
     s_rows_nd: torch.Tensor,  # student's rows before its projection
     s_decoder: tuple[torch.Tensor, torch.Tensor],  # weight, bias
@@ -192,7 +192,7 @@ def count(
     "Count the positions of a batch."
     return Counts(int(attention_bl.sum()), int((labels_bl != IGNORE).sum()))
 
-# %% ../nbs/lib/08_losses.ipynb #5f49e81f
+# %% ../nbs/lib/08_losses.ipynb #5499dcc3
 def triple_loss(
     student: nn.Module,
     teacher: nn.Module,
@@ -215,7 +215,8 @@ def triple_loss(
     loss, kl, ce = vocab_loss(s_rows, decoder(student), t_rows.clone(), decoder(teacher), labels_n, args.temperature, a, b)
     parts = {"ce": kl / n_ce, "mlm": ce / n_mlm}
     if args.w_cos:
-        s_real, t_real = (select_rows(h, attention_bl).float() for h in (s_hidden, t_hidden))
+        least = torch.promote_types(s_hidden.dtype, torch.float32)  # bfloat16 is too coarse for a difference from one
+        s_real, t_real = (select_rows(h, attention_bl).to(least) for h in (s_hidden, t_hidden))
         cos = hidden_cosine(s_real, t_real) / max(counts.tokens, 1)
         loss, parts = loss + args.w_cos * cos, parts | {"cos": cos.detach()}
     return loss, parts

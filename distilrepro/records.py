@@ -7,7 +7,7 @@ __all__ = ['UMASK', 'PACKAGES', 'PACKAGE', 'write_atomic', 'atomic_folder', 'Rec
            'now', 'imported_rooms', 'code_hash', 'notebook_code', 'Run', 'create_run', 'locked', 'write_records',
            'read_records', 'is_done', 'write_predictions', 'read_predictions', 'find_run', 'start']
 
-# %% ../nbs/lib/02_records.ipynb #53ad0c83
+# %% ../nbs/lib/02_records.ipynb #183545ff
 import ast
 import fcntl
 import hashlib
@@ -27,6 +27,7 @@ import pandas as pd
 import psutil
 import yaml
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from .config import Section, Settings, UserError, unknown
 
@@ -67,7 +68,7 @@ def write_atomic(
         raise RuntimeError(f"could not write {path}: {e.strerror}; free space or choose another run folder, then run again") from e
     return path
 
-# %% ../nbs/lib/02_records.ipynb #0488e5f7
+# %% ../nbs/lib/02_records.ipynb #3ac2174f
 @contextmanager
 def atomic_folder(
     path: Path,  # where the whole folder appears; what stood there is replaced
@@ -86,8 +87,9 @@ def atomic_folder(
             os.rename(path, old)
         os.rename(temporary, path)
         _sync(path.parent)
-    except OSError as e:
-        raise RuntimeError(f"could not write {path}: {e.strerror or e}; free space or choose another run folder, then run again") from e
+    except (OSError, SafetensorError) as e:  # safetensors has an error of its own for a full disk
+        reason = getattr(e, "strerror", None) or e
+        raise RuntimeError(f"could not write {path}: {reason}; free space or choose another run folder, then run again") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -256,11 +258,11 @@ def create_run(
     write_atomic(folder / "provenance.json", json.dumps(provenance(checkout), indent=1))
     return Run(folder)
 
-# %% ../nbs/lib/02_records.ipynb #80b243e4
+# %% ../nbs/lib/02_records.ipynb #08625781
 @contextmanager
 def locked(
     folder: Path,  # a run folder
-) -> Iterator[None]:
+) -> Iterator[int]:  # the lock's file descriptor: a child that inherits it holds the folder too
     "Hold a run folder for this process alone; raises `UserError` when another live process has it."
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "w") as f:
@@ -268,7 +270,7 @@ def locked(
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is working on {folder}; wait for it, or choose another run folder") from None
-        yield
+        yield f.fileno()
 
 # %% ../nbs/lib/02_records.ipynb #9f8bfbc7
 def write_records(

@@ -7,7 +7,7 @@ __all__ = ['GLUE', 'HUB', 'SHARD', 'missing', 'read_synthetic', 'read_lookalike'
            'read_table', 'read_local', 'read_hub', 'load_split', 'passages', 'need_text', 'texts', 'tokenizer_folder',
            'open_tokenizer', 'load_tokenizer', 'raw_tokenizer']
 
-# %% ../nbs/lib/04a_sources.ipynb #9d0ed7b5
+# %% ../nbs/lib/04a_sources.ipynb #da599700
 import importlib.util
 import json
 import re
@@ -24,8 +24,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from .config import Data, UserError, unknown
+from .language import vocabulary
 from .lookalikes import TASKS, task
-from .synthetic import documents, vocabulary
+from .synthetic import documents
 
 # %% ../nbs/lib/04a_sources.ipynb #a08361fd
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")

@@ -7,13 +7,14 @@ __all__ = ['RULES', 'LAYER_NAMES', 'EMBEDDING_NAMES', 'DECODER_NAMES', 'TRANSFOR
            'load_teacher', 'new_teacher', 'layer_map', 'sources', 'student_config', 'build_student', 'student_from',
            'prove_copies', 'ledger']
 
-# %% ../nbs/lib/07_student.ipynb #70ab1574
+# %% ../nbs/lib/07_student.ipynb #a5f79138
 import math
 from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, DistilBertConfig, DistilBertForMaskedLM
 
@@ -37,7 +38,7 @@ def model_folder(
         raise UserError(f"the model folder {path} does not exist; give a folder written by save_pretrained, or a hub id")
     return str(folder) if folder.is_dir() else path
 
-# %% ../nbs/lib/07_student.ipynb #33014856
+# %% ../nbs/lib/07_student.ipynb #fd7338a2
 def load_teacher(
     path: str,  # folder, hub id, or `package:NAME`
     new_head: bool = False,  # accept a model without MLM head: it gets a new one, to be trained
@@ -49,7 +50,7 @@ def load_teacher(
         if config.model_type != "bert":
             raise UserError(f"{path} is a {config.model_type} model; the teacher must be a BERT")
         model, info = BertForMaskedLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         reason = str(e).splitlines()[0]
         remedy = "without network give a local folder with safetensors weights"
         raise UserError(f"could not load the teacher {path}: {reason}; {remedy}") from None

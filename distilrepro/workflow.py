@@ -39,7 +39,7 @@ def checkout() -> Path:  # its root
             return folder
     raise UserError("the notebooks of distilrepro are not here; clone the repository and run this in it (only `distil` works anywhere)")
 
-# %% ../nbs/lib/16_workflow.ipynb #6c72f25d
+# %% ../nbs/lib/16_workflow.ipynb #10019400
 def resolve(
     preset: str = "quick",
     scale: str = "",
@@ -56,7 +56,7 @@ def resolve(
         raise UserError(f"preset {preset} reads a folder in the local layout; give it with --data DIR (make reproduce DATA=DIR)")
     return settings
 
-
+# %% ../nbs/lib/16_workflow.ipynb #040657db
 def run_folder(
     settings: Settings,
     name: str = "",  # a folder; empty: `runs/PRESET` or `runs/PRESET-SCALE`
@@ -77,7 +77,7 @@ def bar(
         task = shown.add_task(title, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
-# %% ../nbs/lib/16_workflow.ipynb #a2783a01
+# %% ../nbs/lib/16_workflow.ipynb #6f1c5d20
 def running(
     run: Run,
 ) -> dict[str, tuple[int, int]]:  # unit -> (done, total)
@@ -91,7 +91,7 @@ def running(
             continue
     return out
 
-
+# %% ../nbs/lib/16_workflow.ipynb #d3c40d3d
 def executed(
     run: Run,
     plan: list[Job],
@@ -101,7 +101,7 @@ def executed(
     notebooks = {j.name: run.folder / "notebooks" / f"{j.name}.ipynb" for j in plan}
     return {name for name, path in notebooks.items() if path.is_file() and path.stat().st_mtime >= since}
 
-# %% ../nbs/lib/16_workflow.ipynb #38d0e671
+# %% ../nbs/lib/16_workflow.ipynb #78908fad
 def watch(
     run: Run,
     process: subprocess.Popen,  # the workflow
@@ -118,7 +118,8 @@ def watch(
             if not sys.stderr.isatty():
                 for name in sorted(new):
                     state = f"{name} done ({len(executed(run, plan))} of {len(plan)})"
-                    print(f"{time.time() - begun:5.0f} s  {state}", file=sys.stderr, flush=True)
+                    sys.stderr.write(f"{time.time() - begun:5.0f} s  {state}\n")
+                    sys.stderr.flush()
             shown.update(whole, completed=len(executed(run, plan)))
             for unit, (done, total) in units.items():
                 if unit not in bars:
@@ -127,7 +128,7 @@ def watch(
             for unit in [u for u in bars if u not in units]:
                 shown.remove_task(bars.pop(unit))
 
-# %% ../nbs/lib/16_workflow.ipynb #427e6598
+# %% ../nbs/lib/16_workflow.ipynb #48ebf041
 def run_job(
     folder: Path,  # the run folder
     name: str,  # of the job
@@ -146,7 +147,7 @@ def run_job(
         write_atomic(note, json.dumps(dict(user=isinstance(e, UserError), message=str(e))))
         raise
 
-
+# %% ../nbs/lib/16_workflow.ipynb #5c6f4267
 def first_error(
     run: Run,
 ) -> UserError | RuntimeError:
@@ -157,7 +158,7 @@ def first_error(
     log = run.folder / "workflow.log"
     return RuntimeError(f"the workflow failed; its log is {log}. Nothing computed is lost: run the same command again")
 
-# %% ../nbs/lib/16_workflow.ipynb #28675510
+# %% ../nbs/lib/16_workflow.ipynb #b6ccc2ed
 def reproduce(
     settings: Settings,
     folder: Path,  # the run folder
@@ -165,7 +166,7 @@ def reproduce(
 ) -> Path:  # the report
     "Run the whole story of some settings; what is done already is not done again. Raises the error of the first job that fails."
     root = checkout()
-    with locked(folder):
+    with locked(folder) as lock:
         run = create_run(folder, settings, root)
         write_keys(run, root)
         shutil.rmtree(run.folder / "errors", ignore_errors=True)
@@ -177,7 +178,7 @@ def reproduce(
         ]
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
         with open(run.folder / "workflow.log", "ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, pass_fds=[lock])
             try:
                 watch(run, process)
             finally:
@@ -267,17 +268,17 @@ def fetch(
         done.append("teacher")
     return done
 
-# %% ../nbs/lib/16_workflow.ipynb #ba5c6935
+# %% ../nbs/lib/16_workflow.ipynb #978f73b5
 def publish(
     run: Run,
     folder: Path,  # such as `results/minilm-small`
 ) -> list[Path]:  # the files
-    "Copy the small results of a run; weights, corpora and notebooks stay behind."
+    "Copy what the tables of a run are computed from; weights, corpora and notebooks stay behind."
     config = run.settings.model_dump(mode="json")
     config["data"]["dir"] = "DATA" if config["data"]["dir"] else ""
     shutil.rmtree(folder, ignore_errors=True)
     write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     shutil.copy(run.folder / "provenance.json", folder)
-    for part in ("records", "tables"):
+    for part in (p for p in ("records", "predictions", "tables") if (run.folder / p).is_dir()):
         shutil.copytree(run.folder / part, folder / part)
     return sorted(p for p in folder.rglob("*") if p.is_file())
