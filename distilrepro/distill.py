@@ -209,7 +209,7 @@ def pick_device() -> torch.device:
     "Take the GPU if there is one."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/lib/09_distill.ipynb #510e6a98
+# %% ../nbs/lib/09_distill.ipynb #eac4f54f
 def fit(
     model: nn.Module,  # trained in place
     objective: Objective,
@@ -226,12 +226,10 @@ def fit(
     optimizer = adamw(model.to(device), loop)
     done, log, values = load_checkpoint(folder, model, optimizer, key) if folder else (0, [], {})
     meter = Meter(values)
-
     def measure(step):
         if evaluate and not any(e["step"] == step and e["split"] == "heldout" for e in log):
             log.append({"step": step, "split": "heldout", **evaluate()})
             meter.restart()
-
     with threads(loop.threads):
         measure(done) if done == 0 else None
         model.train()

@@ -116,7 +116,7 @@ def published_block(
         rows.append([f"{row.model}\n{row.label}{note}", number(row.score), *map(number, means), *(number(cells[t]) for t in TASKS)])
     return "Published, real GLUE dev sets and IMDb test (rows of different sources are kept apart)", rows
 
-# %% ../nbs/lib/15a_glue.ipynb #59ffae17
+# %% ../nbs/lib/15a_glue.ipynb #306445df
 def glue_table(
     run: Run,
 ) -> Table:
@@ -138,7 +138,7 @@ def glue_table(
     blocks = [own_block(run), published_block(tasks)]
     return Table("Table 1: teacher and student on GLUE and IMDb", columns, blocks, notes, data, is_toy(run))
 
-
+# %% ../nbs/lib/15a_glue.ipynb #051eb253
 def findings_about_data(
     run: Run,
 ) -> list[str]:  # sentences

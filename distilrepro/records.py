@@ -135,7 +135,7 @@ def hardware_card() -> dict:  # cpu, cores, memory, accelerator
     card = dict(cpu=_cpu_model(), cores=cores, memory_gib=gib, gpu=gpu, system=f"{platform.system()} {platform.machine()}")
     return card | {"name": f"{gpu or card['cpu']}, {cores} cores, {gib} GiB"}
 
-# %% ../nbs/lib/02_records.ipynb #ca84aaf8
+# %% ../nbs/lib/02_records.ipynb #47dcbbf2
 PACKAGES = (
     "torch", "transformers", "datasets", "evaluate", "accelerate", "papermill", "numpy", "pandas", "scipy", "scikit-learn",
     "matplotlib", "seaborn",
@@ -163,7 +163,7 @@ def git_state(
         return dict(commit=None, dirty=None)
     return dict(commit=head.stdout.strip(), dirty=bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()))
 
-
+# %% ../nbs/lib/02_records.ipynb #592eaf92
 def provenance(
     folder: Path,  # a folder of the checkout, for the state of git
 ) -> dict:  # created, distilrepro, git, python, packages, hardware
@@ -214,7 +214,7 @@ def notebook_code(
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
 
-# %% ../nbs/lib/02_records.ipynb #e1500ea6
+# %% ../nbs/lib/02_records.ipynb #99547c05
 class Run:
     "A run folder: its settings, and everything written into it."
 
@@ -244,7 +244,7 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({self.name}: preset {self.settings.preset}, scale {self.settings.scale}, settings {self.settings.hash()})"
 
-
+# %% ../nbs/lib/02_records.ipynb #0cc476bb
 def create_run(
     folder: Path,  # the run folder; made if missing, brought up to date if not
     settings: Settings,  # resolved

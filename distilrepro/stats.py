@@ -192,7 +192,7 @@ def holm(
     out[order] = np.minimum(1, np.maximum.accumulate(steps))
     return out
 
-# %% ../nbs/lib/12_stats.ipynb #deea6949
+# %% ../nbs/lib/12_stats.ipynb #25c4fb25
 @dataclass(frozen=True)
 class TaskResult:
     "What a run knows about a task."
@@ -211,7 +211,7 @@ class TaskResult:
         "Return the interval of a model's median, NaN without predictions."
         return tuple(map(float, interval(self.samples[model]))) if model in self.samples else (float("nan"), float("nan"))
 
-
+# %% ../nbs/lib/12_stats.ipynb #f18ec0f7
 def stack_predictions(
     run: Run,
     task: str,
