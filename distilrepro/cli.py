@@ -27,7 +27,7 @@ PresetName = Annotated[str, typer.Option(help="Name of a preset, or a YAML file.
 Scale = Annotated[str, typer.Option(help="Budget: smoke, small or full; empty: the preset's own.")]
 DataDir = Annotated[str, typer.Option("--data", help="Folder in the local layout: NAME/SPLIT.parquet.")]
 
-# %% ../nbs/lib/17_cli.ipynb #0f4a1752
+# %% ../nbs/lib/17_cli.ipynb #5baf0814
 def show(
     table,  # a pandas DataFrame
     title: str,
@@ -36,8 +36,8 @@ def show(
     out = Table(title=title, title_justify="left")
     for column in table.columns:
         out.add_column(str(column))
-    for row in table.astype(str).itertuples(index=False):
-        out.add_row(*row)
+    for row in table.itertuples(index=False):
+        out.add_row(*("none" if value is None or value != value else str(value) for value in row))
     Console(force_jupyter=False).print(out)
 
 # %% ../nbs/lib/17_cli.ipynb #8aea0319

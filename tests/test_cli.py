@@ -118,3 +118,10 @@ def test_another_process_ends_with_the_same_codes(words, code):
     program = [sys.executable, "-c", "from distilrepro.cli import main; main()"]
     done = subprocess.run([*program, *words], capture_output=True, text=True, check=False)
     assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def test_the_doctor_says_what_is_here_and_what_it_takes(command):
+    code, out, err = command("doctor", "--preset", "sanh2019", "--scale", "smoke")
+    assert code == 0, err
+    for words in ("torch", "generated", "minutes", "distil", "GFLOP/s"):
+        assert words in out, words
