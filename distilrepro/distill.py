@@ -304,7 +304,7 @@ class MaskedBatch:
     labels_bl: torch.Tensor  # `IGNORE` where nothing was masked
     counts: Counts
 
-# %% ../nbs/lib/09_distill.ipynb #88e96a6b
+# %% ../nbs/lib/09_distill.ipynb #ee32d874
 @dataclass(frozen=True)
 class MaskedText:
     "Text as masked batches: each is a function of (seed, epoch, number, examples)."
@@ -314,6 +314,7 @@ class MaskedText:
     pad_id: int
     mask_id: int
     seed: int
+    pad_to: int = 0  # positions of a batch at least; 0: as many as its longest sequence needs
 
     def __call__(
         self,
@@ -322,21 +323,22 @@ class MaskedText:
         number: int,  # of the micro-batch since the start
     ) -> MaskedBatch:
         "Collate and mask some examples."
-        ids, attention = collate([self.store[i] for i in examples], self.pad_id)
+        ids, attention = collate([self.store[i] for i in examples], self.pad_id, self.pad_to)
         masked, labels = mask_tokens(ids, attention, examples, self.weights, self.mask, self.mask_id, self.seed, epoch, number)
         device = pick_device()
         return MaskedBatch(masked.to(device), attention.to(device), labels.to(device), count(attention, labels))
 
-# %% ../nbs/lib/09_distill.ipynb #888ee0d6
+# %% ../nbs/lib/09_distill.ipynb #fe8beb19
 def masked_text(
     store: TokenStore,
     tokenizer: PreTrainedTokenizerFast,
     mask: Mask,
     seed: int,
+    pad_to: int = 0,  # positions of a batch at least, as TinyDistilBERT had it; 0: as many as needed
 ) -> MaskedText:
     "Prepare a token store for masking."
     weights = token_weights(store.counts(len(tokenizer)), mask, tokenizer.all_special_ids)
-    return MaskedText(store, weights, mask, tokenizer.pad_token_id, tokenizer.mask_token_id, seed)
+    return MaskedText(store, weights, mask, tokenizer.pad_token_id, tokenizer.mask_token_id, seed, pad_to)
 
 # %% ../nbs/lib/09_distill.ipynb #82e81d64
 def mlm_objective(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'PIECE', 'BLOCK', 'select_rows', 'soft_ce', 'mlm_ce', 'hidden_cosine', 'last_hidden', 'head_rows', 'decoder',
-           'vocab_terms', 'vocab_loss', 'Counts', 'count', 'triple_loss']
+           'vocab_terms', 'vocab_loss', 'Counts', 'count', 'term_rows', 'divisors', 'triple_loss']
 
-# %% ../nbs/lib/08_losses.ipynb #3437fe76
-from dataclasses import dataclass
+# %% ../nbs/lib/08_losses.ipynb #8b386b9c
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import nn
@@ -174,15 +174,17 @@ def vocab_loss(
         raise UserError(f"student and teacher have vocabularies of {s_w.shape[0]} and {t_w.shape[0]} words: they need one vocabulary")
     return _Pieces.apply(s_rows_nd, s_w, s_b, t_rows_nd.detach(), t_w.detach(), t_b.detach(), labels_n, temperature, a, b)
 
-# %% ../nbs/lib/08_losses.ipynb #519abf23
+# %% ../nbs/lib/08_losses.ipynb #193a1804
 @dataclass(frozen=True)
 class Counts:
-    "How many positions of an update each term averages over."
+    "How much there is of an update; each term is divided by one of these."
     tokens: int  # real tokens: the cosine, and the KL where `positions` is `all`
     masked: int  # masked tokens: the cross-entropy, and the KL where `positions` is `masked`
+    sequences: int = 0  # what `batchmean` divides by (B1), and the number of first tokens (B3)
+    positions: int = 0  # padding included: the KL where `positions` is `padded` (B2)
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.tokens + other.tokens, self.masked + other.masked)
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def count(
@@ -190,33 +192,55 @@ def count(
     labels_bl: torch.Tensor,
 ) -> Counts:
     "Count the positions of a batch."
-    return Counts(int(attention_bl.sum()), int((labels_bl != IGNORE).sum()))
+    return Counts(int(attention_bl.sum()), int((labels_bl != IGNORE).sum()), *map(int, (len(labels_bl), labels_bl.numel())))
 
-# %% ../nbs/lib/08_losses.ipynb #5499dcc3
+# %% ../nbs/lib/08_losses.ipynb #6c7ec64b
+def term_rows(
+    args: Loss,  # positions, cos_tokens
+    attention_bl: torch.Tensor,  # 1 at real tokens
+    labels_bl: torch.Tensor,  # `IGNORE` where nothing was masked
+) -> tuple[torch.Tensor, torch.Tensor]:  # bool [b, l]: positions of the vocabulary terms, positions of the cosine
+    "Choose the positions that the terms read."
+    real_bl = attention_bl.bool()
+    kl_bl = {"all": real_bl, "masked": labels_bl != IGNORE, "padded": torch.ones_like(real_bl)}[args.positions]
+    first_bl = torch.arange(real_bl.shape[1], device=real_bl.device) == torch.zeros_like(attention_bl)
+    return kl_bl, first_bl if args.cos_tokens == "cls" else real_bl
+
+
+def divisors(
+    args: Loss,  # positions, kl_mean_over, cos_tokens
+    counts: Counts,  # of the whole update
+) -> tuple[int, int, int]:  # of KL, cross-entropy and cosine; at least 1
+    "Choose what the sums are divided by."
+    rows = {"all": counts.tokens, "masked": counts.masked, "padded": counts.positions}[args.positions]
+    kl = {"tokens": rows, "sequences": counts.sequences}[args.kl_mean_over]
+    cos = {"all": counts.tokens, "cls": counts.sequences}[args.cos_tokens]
+    return max(kl, 1), max(counts.masked, 1), max(cos, 1)
+
+# %% ../nbs/lib/08_losses.ipynb #fa5d828a
 def triple_loss(
     student: nn.Module,
     teacher: nn.Module,
     ids_bl: torch.Tensor,  # masked input
     attention_bl: torch.Tensor,  # 1 at real tokens
     labels_bl: torch.Tensor,  # token ids at masked positions, else `IGNORE`
-    args: Loss,  # weights, temperature, positions
+    args: Loss,  # weights, temperature, and what the terms average over
     counts: Counts,  # of the whole update
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # the loss, and its terms before weighting, as means
     "Compute the triple loss of a micro-batch; raises `UserError` when vocabularies or widths differ."
     with torch.inference_mode():
         t_hidden = last_hidden(teacher, ids_bl, attention_bl)
     s_hidden = last_hidden(student, ids_bl, attention_bl)
-    chosen_bl = labels_bl != IGNORE if args.positions == "masked" else attention_bl.bool()
+    (chosen_bl, cos_bl), (n_ce, n_mlm, n_cos) = term_rows(args, attention_bl, labels_bl), divisors(args, counts)
     with torch.inference_mode():
         t_rows = head_rows(teacher, select_rows(t_hidden, chosen_bl))
     s_rows = head_rows(student, select_rows(s_hidden, chosen_bl))
-    n_ce, n_mlm = max(counts.masked if args.positions == "masked" else counts.tokens, 1), max(counts.masked, 1)
     labels_n, a, b = labels_bl[chosen_bl], args.w_ce / n_ce, args.w_mlm / n_mlm
     loss, kl, ce = vocab_loss(s_rows, decoder(student), t_rows.clone(), decoder(teacher), labels_n, args.temperature, a, b)
     parts = {"ce": kl / n_ce, "mlm": ce / n_mlm}
     if args.w_cos:
         least = torch.promote_types(s_hidden.dtype, torch.float32)  # bfloat16 is too coarse for a difference from one
-        s_real, t_real = (select_rows(h, attention_bl).to(least) for h in (s_hidden, t_hidden))
-        cos = hidden_cosine(s_real, t_real) / max(counts.tokens, 1)
+        s_real, t_real = (select_rows(h, cos_bl).to(least) for h in (s_hidden, t_hidden))
+        cos = hidden_cosine(s_real, t_real) / n_cos
         loss, parts = loss + args.w_cos * cos, parts | {"cos": cos.detach()}
     return loss, parts

@@ -94,7 +94,7 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/lib/02_records.ipynb #f57dee32
+# %% ../nbs/lib/02_records.ipynb #2e8ea48e
 class Record(Section):
     "One measurement, with everything needed to place it in a table."
     run: str
@@ -103,6 +103,7 @@ class Record(Section):
     stage: str
     model: str  # `teacher`, `student`, ...
     task: str = ""
+    trained_on: str = ""  # the task a model was fine-tuned on, where it is not the one it is measured on
     split: str = ""
     metric: str
     value: float

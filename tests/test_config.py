@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distilrepro.config import UserError, finetune_for, job_groups, load_settings, merge, preset_names, read_preset
+from distilrepro.config import Loss, UserError, finetune_for, job_groups, load_settings, merge, preset_names, read_preset, seeds_for
+from distilrepro.distill import planned_updates
 from distilrepro.student import layer_map
 
 FACTS = yaml.safe_load(Path(__file__).with_name("recipes.yaml").read_text())
@@ -32,16 +33,91 @@ def at(tree, path):
     return tree
 
 
-def recipe(name):
-    "The facts of a recipe, the poster's over those of the code."
-    return FACTS["paper_hf_code"] if name == "sanh2019" else merge(FACTS["paper_hf_code"], FACTS["s0_poster"])
+PRESETS = {"sanh2019": "paper_hf_code", "cornell": "s0_poster", "tinydistilbert": "s1_as_run", "tinydistilbert_repaired": "s1_repaired",
+           "sst2_random": "s2_poster"}
+SPELT = {  # fact -> setting, and what it is called there
+    "data.pad": ("data.pad", {"max_length": "max_len", "dynamic": "longest"}), "data.drop_blank": ("data.drop_blank", {}),
+    "mask.smoothing": ("mask.smoothing", {"none": 0.0}),
+    "student.token_type": ("student.architecture", {True: "bert", False: "distilbert"}),
+    "loss.kl_reduction": ("loss.kl_mean_over", {"batchmean_on_3d": "sequences", "mean_over_selected_tokens": "tokens"}),
+    "loss.kl_positions": ("loss.positions", {"all_including_padding": "padded", "attention_mask": "all"}),
+    "loss.cos_positions": ("loss.cos_tokens", {"cls_only": "cls", "attention_mask": "all"}),
+    "batch.accumulation": ("distil.accumulation", {}), "batch.per_device": ("distil.batch", {}),
+}
 
 
-@pytest.mark.parametrize("preset", ["sanh2019", "cornell"])
-@pytest.mark.parametrize("fact", PLACES)
+def recipe(preset, name=""):
+    "The facts of a preset's recipe, laid over those it inherits."
+    facts = dict(FACTS[name or PRESETS[preset]])
+    parent = facts.pop("inherits", None)
+    return merge(recipe(preset, parent), facts) if parent else facts
+
+
+def stated(preset, places):
+    "The facts that a recipe states."
+    return [(preset, fact) for fact in places if at(recipe(preset), fact) is not None]
+
+
+@pytest.mark.parametrize(("preset", "fact"), [pair for preset in PRESETS for pair in stated(preset, PLACES) if pair[1] not in SPELT])
 def test_presets_hold_the_published_values(preset, fact):
     ours = load_settings(preset).model_dump(mode="json")
     assert at(ours, PLACES[fact]) == at(recipe(preset), fact)
+
+
+@pytest.mark.parametrize(("preset", "fact"), [pair for preset in [*PRESETS][2:] for pair in stated(preset, SPELT)])
+def test_presets_hold_the_published_values_by_our_names(preset, fact):
+    place, names = SPELT[fact]
+    theirs = at(recipe(preset), fact)
+    assert at(load_settings(preset).model_dump(mode="json"), place) == names.get(theirs, theirs)
+
+
+def test_the_released_code_states_every_value_that_is_compared():
+    assert stated("sanh2019", PLACES) == [("sanh2019", fact) for fact in PLACES]
+
+
+@pytest.mark.parametrize("preset", ["tinydistilbert", "tinydistilbert_repaired"])
+@pytest.mark.parametrize(("kind", "tasks"), [("glue", ("cola", "mnli", "wnli")), ("imdb", ("imdb",)), ("squad", ("squad",))])
+def test_tinydistilberts_fine_tuning_is_as_stated(preset, kind, tasks):
+    s, facts = load_settings(preset), recipe(preset)["finetune"]
+    for task in tasks:
+        args = finetune_for(s, task)
+        ours = dict(max_len=args.max_len, batch=args.loop.batch, lr=args.loop.lr, epochs=args.loop.epochs,
+                    weight_decay=args.loop.weight_decay, select={"best": "best_dev"}[args.select], runs=len(seeds_for(s, task)))
+        assert {k: ours[k] for k in facts[kind]} == facts[kind]
+    d = facts["squad_d"]
+    assert s.second.tasks == ("squad",) and s.second.teacher == d["teacher"] and s.second.temperature == d["temperature"]
+    assert s.second.alpha_ce == s.second.alpha_task == d["alpha"]
+
+
+def test_faults_are_settings_of_tinydistilbert_alone():
+    faults = dict(positions="padded", kl_mean_over="sequences", cos_tokens="cls")
+    for preset in preset_names():
+        s = load_settings(preset)
+        loss = s.loss.model_dump(include=set(faults))
+        assert loss == (faults if preset == "tinydistilbert" else Loss().model_dump(include=set(faults))), preset
+        assert (s.data.pad == "max_len") == (not s.data.drop_blank) == (preset == "tinydistilbert")
+
+
+def test_the_repair_spends_the_same_text_on_many_more_updates():
+    run, repaired = (load_settings(p, "smoke").distil for p in ("tinydistilbert", "tinydistilbert_repaired"))
+    batches = -(-1500 // 16)
+    assert planned_updates(run, batches) == (9, recipe("tinydistilbert")["expected_updates"])
+    assert planned_updates(repaired, batches)[1] > 100
+
+
+def test_the_ablation_has_every_subset_of_the_losses_from_both_starts():
+    s = load_settings("ablation")
+    found = set()
+    for name, change in s.ablation.students.items():
+        assert change.keys() <= {"loss", "student"} and change.get("student", {"init": "random"}) == {"init": "random"}
+        loss = Loss(**merge(s.loss.model_dump(), change.get("loss", {})))
+        left = [k for k in ("ce", "cos", "mlm") if getattr(loss, f"w_{k}")]
+        assert all(getattr(loss, f"w_{k}") == getattr(s.loss, f"w_{k}") for k in left)
+        words = name.removesuffix("_random")
+        assert sorted(words.split("_")) == left or (words == "triple" and len(left) == 3)
+        assert name.endswith("_random") == ("student" in change)
+        found.add((*left, "student" in change))
+    assert len(found) == len(s.ablation.students) == 14
 
 
 @pytest.mark.parametrize("preset", ["sanh2019", "cornell"])

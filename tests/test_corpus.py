@@ -54,6 +54,27 @@ def test_lines_are_stripped_and_blank_ones_dropped(tmp_path):
     assert list(texts(local(tmp_path), "a", "train")) == ["one", "two", "three"]
 
 
+def test_blank_rows_stay_where_the_recipe_kept_them(tmp_path, tokenizer):
+    write(tmp_path, "a", "train", [" the . \n", "", " the dog . the dog . the dog . \n", ""])
+    changes = {"drop_blank": False, "long_lines": "truncate", "max_len": 8, "min_len_exclusive": 0, "max_unk_exclusive": 1.0}
+    data = local(tmp_path).model_copy(update=changes)
+    assert list(texts(data, "a", "train")) == ["the .", "", "the dog . the dog . the dog .", ""], "four rows, four sequences"
+    store = build_store(data, tokenizer, ["a"], "train", tmp_path / "store", 0)
+    assert sorted(store.lengths.tolist()) == [2, 2, 4, 8]
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    assert all((s[0], s[-1]) == ends for s in store), "a truncated line ends with [SEP] too"
+    other = build_store(data.model_copy(update={"drop_blank": True}), tokenizer, ["a"], "train", tmp_path / "store", 0)
+    assert sorted(other.lengths.tolist()) == [4, 8], "another setting, another store in the same folder"
+
+
+def test_a_fixed_width_pads_further_and_never_cuts():
+    batch = [np.array([2, 7, 3], np.uint16), np.array([2, 3], np.uint16)]
+    for pad_to, width in ((0, 3), (2, 3), (9, 9)):
+        ids_bl, attention_bl = collate(batch, 0, pad_to)
+        assert ids_bl.shape == attention_bl.shape == (2, width)
+        assert [row[m.bool()].tolist() for row, m in zip(ids_bl, attention_bl, strict=True)] == [[2, 7, 3], [2, 3]]
+
+
 @pytest.mark.parametrize(("name", "split", "words"), [
     ("b", "train", ["'b'", "there is: a"]), ("a", "dev", ["'dev'", "there is: train", "distilrepro fetch --to DIR"])])
 def test_what_is_missing_locally_is_named(tmp_path, name, split, words):

@@ -131,9 +131,12 @@ def test_padding_changes_nothing(models, positions):
     torch.testing.assert_close(*out)
 
 
-@pytest.mark.parametrize("positions", ["all", "masked"])
-def test_accumulated_micro_batches_equal_one_batch(models, positions):
-    student, args = models[0], Loss(positions=positions)
+AS_RUN = dict(positions="padded", kl_mean_over="sequences", cos_tokens="cls")
+
+
+@pytest.mark.parametrize("choice", [dict(positions="all"), dict(positions="masked"), AS_RUN], ids=["all", "masked", "as run"])
+def test_accumulated_micro_batches_equal_one_batch(models, choice):
+    student, args = models[0], Loss(**choice)
     ids, attention, labels = batch([9, 3, 5, 8, 6], 9)
     labels[1] = IGNORE  # a micro-batch of its own without a masked token
     whole_counts = count(attention, labels)

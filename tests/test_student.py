@@ -209,3 +209,26 @@ def test_settings_reach_the_student():
     student, book = student_from(bert(), args)
     assert student.config.dropout == student.config.attention_dropout == 0.25
     assert "bert.encoder.layer.3.output.dense.weight" in set(book.source)
+
+
+@pytest.mark.parametrize("transform", [False, True])
+def test_a_shorter_bert_holds_the_teachers_layers_and_token_types(transform):
+    teacher = bert(layers=5)
+    student, book = build_student(teacher, (1, 4), mlm_transform=transform, architecture="bert", dropout=0.25)
+    assert isinstance(student, BertForMaskedLM) and student.config.num_hidden_layers == 2 and student.config.hidden_dropout_prob == 0.25
+    own, theirs = student.state_dict(), teacher.state_dict()
+    def source(name): return name.replace("layer.1.", "layer.4.").replace("layer.0.", "layer.1.")
+    same = {name for name in own if torch.equal(own[name], theirs[source(name)])}
+    assert set(own) - same == (set() if transform else {n for n in own if ".transform." in n})
+    assert set(book[book.fate == "copied"].tensor) == same
+    assert book[book.fate != "dropped"].parameters.sum() == distinct(student)
+    assert {n.split(".")[3] for n in book[book.fate == "dropped"].tensor if "encoder" in n} == {"0", "2", "3"}
+
+
+def test_a_random_bert_student_copies_nothing():
+    teacher = bert()
+    student, book = student_from(teacher, Student(architecture="bert", init="random"))
+    assert not (book.fate == "copied").any() and distinct(student) == book[book.fate == "new"].parameters.sum()
+    assert student.bert.embeddings.token_type_embeddings.weight.shape == (2, 8)
+    with pytest.raises(UserError, match="token_type=fold.*architecture=bert keeps them"):
+        build_student(teacher, architecture="bert", token_type="fold")
