@@ -1,6 +1,8 @@
 "Every test runs offline and on one thread; set before anything imports torch or transformers."
 import os
+import sys
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -8,6 +10,23 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREA
 # A busy machine is no fault of the code: how long an example takes to draw or to run decides nothing.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    "Run `distilrepro WORDS` in this process; returns its exit code and what it said."
+    from distilrepro import cli
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["distilrepro", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = e.code or 0
+        out = capfd.readouterr()
+        return code, out.out, out.err
+    return run
 
 
 def pytest_configure(config):

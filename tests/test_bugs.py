@@ -2,8 +2,7 @@
 
 Elsewhere: B5 replacement shares (test_masking), B16 timing without synchronisation (test_speed), B18 order of MNLI's labels (test_tasks),
 B19 medians that are medians (test_tables, test_stats), B20 attention maps under fused attention (test_attention).
-Not here: B6 (soft targets for tasks) and B13 (stored teacher outputs) have no room; B14 cannot happen, as no checkpoint is chosen on the
-evaluated split: `finetune` evaluates the last weights alone.
+Not here: B13 (stored teacher outputs) has no room. B6 for SQuAD is in test_squad.
 """
 import dataclasses
 
@@ -13,9 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
 
-from distilrepro.config import Loop, Loss, UserError, load_settings
+from distilrepro.config import Data, Finetune, Loop, Loss, UserError, load_settings
+from distilrepro.corpus import load_split, load_tokenizer
 from distilrepro.distill import Objective, distil_objective, fit, planned_updates
-from distilrepro.finetune import load_classifier
+from distilrepro.finetune import (
+    LabelledBatch,
+    Size,
+    SoftTargets,
+    UntrainedTeacher,
+    check_teacher,
+    finetune,
+    load_classifier,
+    task_objective,
+    tune,
+)
 from distilrepro.losses import IGNORE, count, soft_ce, triple_loss, vocab_loss
 from distilrepro.records import Record
 from distilrepro.student import build_student, layer_map
@@ -85,11 +95,52 @@ def test_b01_twice_the_rows_leave_the_mean():
     torch.testing.assert_close(once, twice)
 
 
+def test_b01_as_it_was_run_grows_with_the_length(models):
+    g = torch.Generator().manual_seed(0)
+    one = torch.randint(5, V, (2, 1), generator=g)
+    short, long = ((one.expand(2, n).clone(), torch.ones(2, n, dtype=torch.long), torch.full((2, n), IGNORE)) for n in (6, 12))
+    def ce(inputs, **faults): return terms(models, *inputs, **faults)[1]["ce"]
+    for inputs, n in ((short, 6), (long, 12)):
+        assert ce(inputs, kl_mean_over="sequences") == pytest.approx(n * ce(inputs), rel=1e-9), "too large by the tokens of a sequence"
+        with torch.no_grad():
+            s, t = (m(inputs[0], attention_mask=inputs[1]).logits / 2 for m in models)
+        batchmean = torch.nn.functional.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean").item() * 4
+        assert ce(inputs, kl_mean_over="sequences") == pytest.approx(batchmean, rel=1e-6)
+
+
 @pytest.mark.parametrize("width", [10, 33])
 def test_b02_padding_is_in_no_term(models, naive, width):
     tight, padded = terms(models, *batch([9, 5, 7], 9)), terms(models, *batch([9, 5, 7], width))
     assert padded[0] == pytest.approx(tight[0], rel=1e-9)
     assert padded[1] == {k: pytest.approx(v, rel=1e-9) for k, v in tight[1].items()}
+
+
+def test_b02_as_it_was_run_padding_is_in_the_divergence(models):
+    inputs = batch([9, 5, 7], 14)
+    with torch.no_grad():
+        s, t = (m(inputs[0], attention_mask=inputs[1]).logits.flatten(0, 1) for m in models)
+    got, sound = (terms(models, *inputs, positions=p)[1] for p in ("padded", "all"))
+    assert got["ce"] == pytest.approx(soft_ce(s, t, 2.0).item() / (3 * 14), rel=1e-6), "a mean over all 42 positions, 21 of them padding"
+    assert abs(got["ce"] - sound["ce"]) > 1e-3 and got["mlm"] == sound["mlm"] and got["cos"] == sound["cos"]
+    wider = terms(models, *batch([9, 5, 7], 33), positions="padded", kl_mean_over="sequences")[1]["ce"]
+    assert wider > 1.5 * terms(models, *inputs, positions="padded", kl_mean_over="sequences")[1]["ce"]
+
+
+def test_b03_as_it_was_run_only_the_first_token_matters(models):
+    teacher, args = models[1], Loss(w_ce=0, w_mlm=0, cos_tokens="cls")
+    student = build_student(teacher, dropout=0.0)[0].double().eval()
+    hidden = {}
+    def keep(module, inputs, out): hidden.update(last=out[0]) or out[0].retain_grad()
+    watch = student.distilbert.transformer.register_forward_hook(keep)
+    inputs = batch([6, 4], 6)
+    loss, parts = triple_loss(student, teacher, *inputs, args, count(*inputs[1:]))
+    loss.backward()
+    watch.remove()
+    touched = hidden["last"].grad.abs().sum(-1) > 0
+    assert touched.tolist() == [[True] + [False] * 5] * 2, "no gradient reaches any other token"
+    with torch.no_grad():
+        s, t = (m.base_model(input_ids=inputs[0], attention_mask=inputs[1]).last_hidden_state[:, 0] for m in (student, teacher))
+    assert parts["cos"].item() == pytest.approx((1 - torch.cosine_similarity(s, t)).mean().item(), rel=1e-6)
 
 
 def test_b03_the_cosine_is_taken_token_by_token(models):
@@ -109,6 +160,61 @@ def test_b04_identical_stacks_align_their_last_layers():
     assert parts["cos"] == pytest.approx(0, abs=1e-9) and parts["ce"] == pytest.approx(0, abs=1e-9)
     shallower, _ = build_student(teacher, (0, 1), token_type="fold", mlm_transform=True, dropout=0.0)
     assert terms((shallower.double().eval(), teacher), *batch([8, 6], 8))[1]["cos"] > 1e-3
+
+
+def toy_model(folder, layers=2):
+    "A BERT and a DistilBERT of it with the tokenizer of the synthetic language."
+    tokenizer = load_tokenizer(Data())
+    torch.manual_seed(0)
+    teacher = BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=layers, num_attention_heads=2,
+                                         intermediate_size=32, max_position_embeddings=64))
+    for name, model in {"teacher": teacher, "student": build_student(teacher)[0]}.items():
+        model.save_pretrained(folder / name)
+    return tokenizer
+
+
+LOOP = Loop(epochs=2, batch=16, accumulation=1, lr=2e-3, betas=(0.9, 0.999), clip=1.0, warmup=0.1, min_updates=1)
+FEW = Finetune(max_len=48, max_train=128, max_eval=120, loop=LOOP)
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb", "mnli"])
+def test_b06_a_teacher_at_the_floor_is_refused_before_any_training(tmp_path, monkeypatch, task):
+    tokenizer = toy_model(tmp_path)
+    constant = load_classifier(tmp_path / "teacher", get_task(task), seed=0)
+    torch.nn.init.zeros_(constant.classifier.weight)  # the same answer to every example
+    monkeypatch.setattr("distilrepro.finetune.fit", lambda *a, **k: pytest.fail("it was trained"))
+    with pytest.raises(UntrainedTeacher, match="not above the floor") as e:
+        finetune(tmp_path / "student", task, Data(), tokenizer, FEW, 1, SoftTargets(constant, 2.0, 0.5, 0.5))
+    assert e.value.score <= e.value.floor
+
+
+def test_b06_above_the_floor_is_enough_and_at_it_is_not(tmp_path):
+    check_teacher("SST-2", dict(score=0.51, floor=0.5))
+    with pytest.raises(UntrainedTeacher, match="scores 50.0 on SST-2, not above the floor of 50.0"):
+        check_teacher("SST-2", dict(score=0.5, floor=0.5))
+
+
+def test_b12_the_teacher_of_a_second_distillation_is_put_into_eval_mode(tmp_path):
+    toy_model(tmp_path)
+    teacher = load_classifier(tmp_path / "teacher", get_task("sst2"), seed=0).train()
+    task_objective(teacher, get_task("sst2"), [], 0, SoftTargets(teacher, 2.0, 0.5, 0.5))
+    assert not any(m.training for m in teacher.modules())
+
+
+@pytest.mark.parametrize(("select", "score"), [("final", 0.4), ("best", 0.8)])
+def test_b14_final_and_best_are_both_kept_and_named(monkeypatch, select, score):
+    model, rows = torch.nn.Linear(1, 1, bias=False), torch.ones(1)
+    push = Objective(np.ones(4, int), lambda *_: LabelledBatch({}, rows, Size(4, 4)), lambda b, c: (-model.weight.sum(), {}))
+    marks, seen = iter([0.3, 0.8, 0.8, 0.4]), []
+    def table():
+        seen.append(model.weight.item())
+        return {"w": model.weight.item()}
+    loop = LOOP.model_copy(update=dict(epochs=4.0, batch=4))
+    tuned = tune(model, push, loop, table, lambda _: {"score": next(marks)}, select)
+    got = {k: tuned.metrics[k] for k in ("score", "score_final", "score_best", "best_step")}
+    assert got == dict(score=score, score_final=0.4, score_best=0.8, best_step=2), "of equals the earlier"
+    at = 1 if select == "best" else 3
+    assert model.weight.item() == seen[at] == tuned.predictions["w"], "weights and predictions are those of the score"
 
 
 def test_b07_every_mapped_tensor_is_copied_and_counted():
@@ -132,6 +238,13 @@ def test_b08_the_papers_map_is_the_papers():
 def test_b09_a_few_dozen_updates_are_refused():
     with pytest.raises(UserError, match="only 27 optimizer updates.*min_updates=1000"):
         planned_updates(Loop(epochs=3, batch=16, accumulation=256), 2300)
+
+
+def test_b09_tinydistilbert_made_27_updates():
+    loop = load_settings("tinydistilbert").distil
+    assert planned_updates(loop, -(-36718 // 16)) == (9, 27), "WikiText-2's rows, blank ones too"
+    repaired = load_settings("tinydistilbert_repaired").distil
+    assert planned_updates(repaired, 36718 // 2 // 16)[1] > 1000, "even if half of them are blank"
 
 
 class Tokens:
@@ -215,6 +328,14 @@ def test_b15_metric_and_split_are_part_of_a_result():
     assert constant == {"matthews_correlation": 0.0}, "not the accuracy of 0.75"
     official = {"cola": 1043, "sst2": 872, "mrpc": 408, "stsb": 1500, "qqp": 40430, "mnli": 9815, "qnli": 5463, "rte": 277, "wnli": 71}
     assert {t: TASKS[t].eval_size for t in official} == official, "the official dev sets, never a new split"
+
+
+def test_b15_a_new_split_has_a_name_of_its_own_and_shares_no_row():
+    parts = {split: load_split(Data(), "sst2_resplit", split) for split in ("train", "validation", "test")}
+    ids = [set(rows["idx"]) for rows in parts.values()]
+    assert sum(map(len, ids)) == len(set.union(*ids)) == sum(len(load_split(Data(), "sst2", s)) for s in ("train", "validation"))
+    assert [len(i) / sum(map(len, ids)) for i in ids] == pytest.approx([0.8, 0.1, 0.1], abs=0.001)
+    assert get_task("sst2_resplit").eval_split == "test" and get_task("sst2").eval_split == "validation"
 
 
 def test_b17_weights_under_other_names_are_refused(tmp_path):
