@@ -1,5 +1,9 @@
 """Statistics against independent references: scikit-learn and SciPy on resamples written out, closed forms, hand cases."""
+import json
+import time
+
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,10 +11,14 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats as sp
 from sklearn import metrics as sk
 
+from distilrepro.config import load_settings
+from distilrepro.records import create_run, write_predictions, write_records
 from distilrepro.stats import (
     METRICS,
     accuracy,
+    chunks,
     draw_counts,
+    group_examples,
     headline,
     holm,
     interval,
@@ -19,10 +27,12 @@ from distilrepro.stats import (
     pearson,
     retention,
     spearman,
+    task_results,
     two_way_bootstrap,
     weighted_ranks,
 )
 
+MODELS = ("teacher", "student", "student_d")
 CASE = st.tuples(
     hnp.arrays(int, 25, elements=st.integers(0, 1)),
     hnp.arrays(int, 25, elements=st.integers(0, 1)),
@@ -114,8 +124,6 @@ def test_median_over_resampled_seeds_by_hand():
 
 
 def test_full_size_takes_seconds():
-    import time
-
     rng, start = np.random.default_rng(4), time.perf_counter()
     label = rng.integers(0, 2, 25000)
     models = {m: np.stack([np.where(rng.random(25000) < 0.9, label, 0) for _ in range(3)]) for m in ("student", "teacher")}
@@ -149,3 +157,142 @@ def test_holm_against_its_definition():
 @given(hnp.arrays(float, st.integers(1, 60), elements=st.floats(-1, 1)))
 def test_p_values_are_never_zero_nor_above_one(differences):
     assert 0 < p_value(differences) <= 1
+
+
+# groups of equal examples
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(int, (4, 30), elements=st.integers(-1, 1)))
+def test_groups_are_the_distinct_columns(table):
+    group, one = group_examples(table[0], table[1:])
+    columns = [tuple(c) for c in table.T]
+    assert len(one) == len(set(columns)) and sorted(set(group)) == list(range(len(one)))
+    assert all(columns[one[g]] == c for g, c in zip(group, columns, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6))
+def test_every_metric_is_the_same_on_groups_and_on_examples(seed):
+    rng = np.random.default_rng(seed)
+    label, guess = rng.integers(0, 2, 60), rng.integers(0, 2, 60)
+    group, one = group_examples(label, guess)
+    alone = draw_counts(60, 5, rng)
+    summed = alone @ np.eye(len(one))[group]
+    for metric in METRICS.values():
+        np.testing.assert_allclose(metric(label[one], guess[one], summed), metric(label, guess, alone), atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [3, 20])  # by a multinomial, and by drawing examples
+def test_counts_of_groups_have_the_moments_of_a_multinomial(groups):
+    rng = np.random.default_rng(groups)
+    group = np.concatenate([np.arange(groups), rng.integers(0, groups, 90 - groups)])
+    size, drawn = np.bincount(group), draw_counts(90, 20000, rng, group)
+    assert drawn.shape == (20000, groups) and (drawn.sum(1) == 90).all()
+    np.testing.assert_allclose(drawn.mean(0), size, atol=5 * np.sqrt(size.max() / 20000))
+    np.testing.assert_allclose(np.cov(drawn.T), np.diag(size) - np.outer(size, size) / 90, atol=0.06 * size.max())
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "matthews_correlation"])
+def test_the_bootstrap_has_the_distribution_of_naive_resampling(name):
+    rng = np.random.default_rng(7)
+    label = rng.integers(0, 2, 150)
+    guess = np.where(rng.random(150) < 0.8, label, 1 - label)
+    rows = [rng.integers(0, 150, 150) for _ in range(4000)]
+    naive = [METRICS[name](label[r], guess[r], np.ones((1, 150)))[0] for r in rows]
+    drawn = two_way_bootstrap(METRICS[name], label, dict(m=guess[None]), 4000)["m"]
+    assert drawn.mean() == pytest.approx(np.mean(naive), abs=5 * np.std(naive) / np.sqrt(2000))
+    assert drawn.std() == pytest.approx(np.std(naive), rel=0.08)
+    assert sp.ks_2samp(drawn, naive).pvalue > 1e-3
+
+
+def test_accuracy_of_one_seed_has_the_binomial_variance():
+    label, guess = np.ones(400, int), (np.arange(400) < 300).astype(int)
+    drawn = two_way_bootstrap(accuracy, label, dict(m=guess[None]), 20000)["m"]
+    assert drawn.std() == pytest.approx(np.sqrt(0.75 * 0.25 / 400), rel=0.03)
+
+
+@given(st.integers(0, 5000), st.integers(1, 10**7))
+def test_chunks_add_up(rows, width):
+    parts = chunks(rows, width)
+    assert sum(parts) == rows and all(p == 1 or 0 < p * width <= 2**21 for p in parts)
+
+
+def test_pearson_is_zero_for_a_resample_that_drew_a_constant():
+    x, y = np.array([0.1, 0.1, 0.9, 4.0]), np.array([1.0, 2.0, 3.0, 5.0])
+    assert pearson(x, y, np.array([[2.0, 2, 0, 0], [0, 0, 0, 4], [1, 1, 1, 1]])).tolist()[:2] == [0, 0]
+
+
+def test_a_large_grid_is_fast():
+    rng, start = np.random.default_rng(8), time.process_time()
+    for task in ("cola", "sst2", "mrpc", "qnli"):
+        label = rng.integers(0, 2, 2000)
+        models = {m: np.stack([np.where(rng.random(2000) < 0.8, label, 1 - label) for _ in range(3)]) for m in "abcdefgh"}
+        two_way_bootstrap(headline(task), label, models)
+    assert time.process_time() - start < 6
+
+
+# from a run folder
+
+@pytest.fixture
+def folder(tmp_path):
+    return create_run(tmp_path / "demo", load_settings("cornell", "smoke"), tmp_path)
+
+
+def store(run, model, task, seed, score, table, floor=0.5):
+    "Write one unit as the fine-tuning stage does."
+    common = dict(stage="finetune", model=model, task=task, split="validation", seed=seed, n=len(table))
+    unit = f"finetune-{model}-{task}-{seed}"
+    write_records(run, unit, [dict(metric="score", value=score), dict(metric="floor", value=floor)], **common)
+    write_predictions(run, unit, pd.DataFrame(table))
+
+
+def squad(f1):
+    "Stored predictions of SQuAD."
+    n = len(f1)
+    answers = [json.dumps([f"gold {i}"]) for i in range(n)]
+    return pd.DataFrame(dict(id=[f"q{i}" for i in range(n)], label=answers, prediction=["text"] * n, exact_match=np.floor(f1), f1=f1))
+
+
+def test_squad_is_the_mean_of_its_questions(folder):
+    rng = np.random.default_rng(0)
+    for model, seeds in dict(teacher=(1, 2, 3), student=(1, 2)).items():
+        for seed in seeds:
+            f1 = rng.choice([0, 0.5, 2 / 3, 1], 200)
+            store(folder, model, "squad", seed, f1.mean(), squad(f1).sample(frac=1, random_state=seed), 0.0)
+    found = task_results(folder, MODELS)["squad"]
+    assert {m: p.shape for m, p in found.predictions.items()} == dict(student=(2, 200), teacher=(3, 200))
+    np.testing.assert_allclose(found.predictions["teacher"].mean(1), found.scores["teacher"])
+    low, high = found.interval("student")
+    assert low < found.median("student") < high
+
+
+def answers(rng, label):
+    "A guess that is mostly right."
+    return np.where(rng.random(len(label)) < 0.8, label, 1 - label)
+
+
+def test_only_the_models_asked_for_are_compared_and_refused_units_left_out(folder):
+    rng, label = np.random.default_rng(1), np.arange(100) % 2
+    for model, seeds in dict(teacher=(1, 2), student=(1, 2), student_d=(2,), no_cos=(1, 2, 3)).items():
+        for seed in seeds:
+            guess = answers(rng, label)
+            store(folder, model, "sst2_resplit", seed, (guess == label).mean(), dict(id=range(100), label=label, prediction=guess))
+    refused = dict(stage="finetune", model="student_d", split="validation", seed=1, n=100)
+    for task in ("sst2_resplit", "wnli"):
+        rows = [dict(metric=k, value=v) for k, v in dict(refused=0.5, floor=0.5).items()]
+        write_records(folder, f"finetune-student_d-{task}-1", rows, **refused, task=task)
+    found = task_results(folder, MODELS)
+    assert list(found) == ["sst2_resplit"]
+    assert {m: list(s.index) for m, s in found["sst2_resplit"].scores.items()} == dict(student=[1, 2], student_d=[2], teacher=[1, 2])
+    assert {m: list(s.index) for m, s in task_results(folder, ["no_cos"])["sst2_resplit"].scores.items()} == dict(no_cos=[1, 2, 3])
+    assert found["sst2_resplit"].samples.keys() == found["sst2_resplit"].predictions.keys() == found["sst2_resplit"].scores.keys()
+    np.testing.assert_array_equal(found["sst2_resplit"].label, label)
+
+
+def test_predictions_for_other_examples_are_refused(folder):
+    rng, label = np.random.default_rng(2), np.arange(60) % 2
+    for model, ids in dict(student=range(60), teacher=range(1, 61)).items():
+        guess = answers(rng, label)
+        store(folder, model, "rte", 1, (guess == label).mean(), dict(id=ids, label=label, prediction=guess))
+    with pytest.raises(RuntimeError, match="other examples .* fine-tune rte again"):
+        task_results(folder, MODELS)
