@@ -4,12 +4,13 @@ PRESET ?= quick
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 SOURCES := settings.ini setup.py pyproject.toml constraints.txt
+BENCHES := $(patsubst nbs/stages/%,_bench/%,$(wildcard nbs/stages/b*.ipynb))
 
 # $(call option,name,VARIABLE): --name='value' when VARIABLE is set, quoted so that the shell never reads the value
 option = $(if $(value $(2)),--$(1)='$(subst ','\'',$(value $(2)))')
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test docs export check clean lock
+.PHONY: help reproduce test docs bench export check clean lock
 
 help: ## list the doors
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -23,6 +24,14 @@ test: .venv/dev ## lint, generated files, library notebooks, pytest; prints how 
 docs: .venv/dev ## the site, to _docs/index.html
 	@$(BIN)/python docs/build.py
 
+bench: $(BENCHES) ## the benchmark notebooks, to _bench/ (RUN=a run folder)
+
+_bench/%.ipynb: nbs/stages/%.ipynb .venv/dev FORCE
+	@mkdir -p _bench
+	$(BIN)/papermill --kernel python3 $< $@ -p run '$(or $(RUN),runs/quick)'
+
+FORCE:
+
 export: .venv/dev ## notebooks -> distilrepro/*.py and README.md; clean the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
@@ -33,7 +42,7 @@ check: .venv/dev ## lint; is everything generated as the notebooks say? changes 
 	$(BIN)/python -m pytest tests/test_generated.py
 
 clean: ## remove what was built (never runs/ nor .venv/)
-	rm -rf _proc _docs docs/_nb build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf _proc _docs _bench docs/_nb build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 lock: ## resolve all dependencies anew, to constraints.txt
 	rm -rf .venv/lock

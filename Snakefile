@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from distilrepro.records import Run
-from distilrepro.stages import jobs
+from distilrepro.plan import jobs
 
 ROOT = Path(config["root"])
 JOBS = {job.name: job for job in jobs(Run(Path.cwd()).settings)}

@@ -113,44 +113,52 @@ def show_scores(
 
     show(pd.DataFrame([(k, f"{100 * v:.1f}") for k, v in metrics.items()], columns=["metric", "x 100"]), f"{task}, {n} examples")
 
-# %% ../nbs/lib/17_cli.ipynb #7cf76733
+# %% ../nbs/lib/17_cli.ipynb #4a801ec0
 @app.command()
 def finetune(
     model: Annotated[Path, typer.Option(help="Folder of a BERT or DistilBERT.")],
-    task: Annotated[str, typer.Option(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli or imdb.")],
+    task: Annotated[str, typer.Option(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb or squad.")],
     out: Annotated[Path, typer.Option(help="Folder of the fine-tuned model.")],
     data: DataDir = "",
+    teacher: Annotated[str, typer.Option(help="Folder of a teacher fine-tuned on the task: adds a second distillation (D).")] = "",
     seed: Annotated[int, typer.Option(help="Of the head, the order and dropout.")] = 1,
     sets: Sets = None,
 ):
     "Fine-tune a model on a task and print its scores; predictions.parquet lies in the folder of the model."
     from distilrepro import workflow
-    from distilrepro.finetune import finetune, own_tokenizer
-    from distilrepro.stages import save_model
+    from distilrepro.finetune import own_tokenizer
+    from distilrepro.stages import save_model, soft_targets, tune_on
 
     settings = workflow.resolve("sanh2019", data=data, sets=tuple(sets or ()))
     tokenizer = own_tokenizer(model)
+    soft = soft_targets(settings.second, teacher, task, len(tokenizer)) if teacher else None
     with workflow.bar(f"{task}, seed {seed}") as told:
-        tuned = finetune(model, task, settings.data, tokenizer, finetune_for(settings, task), seed, told)
+        tuned = tune_on(task, model, settings.data, tokenizer, finetune_for(settings, task), seed, soft, told)
     save_model(tuned.model, tokenizer, out)
     tuned.predictions.to_parquet(out / "predictions.parquet", index=False)
     show_scores(task, len(tuned.predictions), tuned.metrics)
 
-# %% ../nbs/lib/17_cli.ipynb #3f04f5b0
+# %% ../nbs/lib/17_cli.ipynb #9ff4fff9
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Option(help="Folder of a fine-tuned model.")],
-    task: Annotated[str, typer.Option(help="The task it was fine-tuned on.")],
+    task: Annotated[str, typer.Argument(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb or squad.")],
+    model: Annotated[Path | None, typer.Option(help="Folder of a model fine-tuned on it.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="File of answers: .json for SQuAD, else .tsv, .csv or .parquet.")] = None,
     data: DataDir = "",
     sets: Sets = None,
 ):
-    "Evaluate a fine-tuned model on a task's dev set (IMDb: test set)."
+    "Score a model, or a file of answers, on a task's dev set (IMDb: test set)."
     from distilrepro import workflow
-    from distilrepro.finetune import evaluate_model
+    from distilrepro.answers import mark_answers, mark_model
 
+    if (model is None) == (predictions is None):
+        raise UserError("give either --model DIR or --predictions FILE")
     settings = workflow.resolve("sanh2019", data=data, sets=tuple(sets or ()))
-    table, metrics = evaluate_model(model, task, settings.data, finetune_for(settings, task))
-    show_scores(task, len(table), metrics)
+    if predictions:
+        n, metrics = mark_answers(predictions, task, settings.data)
+    else:
+        n, metrics = mark_model(model, task, settings.data, finetune_for(settings, task))
+    show_scores(task, n, metrics)
 
 # %% ../nbs/lib/17_cli.ipynb #b924cc74
 @app.command()

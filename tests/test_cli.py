@@ -1,4 +1,5 @@
 "Every mistake ends with one sentence and exit code 2, every failure with 1, through the very `main` of the command."
+import re
 import subprocess
 import sys
 
@@ -10,21 +11,6 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from distilrepro import cli
 from distilrepro.config import Data
 from distilrepro.corpus import load_tokenizer
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    "Run `distilrepro WORDS` here; returns its exit code and what it said."
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["distilrepro", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as e:
-            code = e.code or 0
-        out = capfd.readouterr()
-        return code, out.out, out.err
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +52,7 @@ MISTAKES = {
                ["cola: no sentence"]),
     "label": (["finetune", "--model", "@/bert", "--task", "cola", "--out", "@/out", "--data", "@/bad-label", "--set", "data.tokenizer="],
               ["cola: row 1 has label 7", "0..1"]),
-    "wrong task": (["evaluate", "--model", "@/mnli-model", "--task", "cola", "--data", "@/good", "--set", "data.tokenizer="],
+    "wrong task": (["evaluate", "cola", "--model", "@/mnli-model", "--data", "@/good", "--set", "data.tokenizer="],
                    ["has 3 outputs, cola needs 2", "another task"]),
     "no text": (["distil", "--teacher", "@/bert", "--text", "@/nothing*.txt", "--out", "@/out"], ["no file matches"]),
     "empty text": (["distil", "--teacher", "@/bert", "--text", "@/empty.txt", "--out", "@/out"], ["hold no text"]),
@@ -98,14 +84,21 @@ def test_words_that_are_no_options_end_with_code_two(command):
     assert command("reprodce")[0] == 2
 
 
+def scores(printed):
+    "Metric -> value of a printed table."
+    return dict(re.findall(r"(\w+)\s+│\s+(-?[\d.]+)", printed))
+
+
 def test_fine_tuning_and_evaluating_agree(command, place, tmp_path):
     changes = ("data.tokenizer=", "finetune.loop.epochs=1", "finetune.loop.batch=8", "finetune.max_len=16")
-    common = ["--task", "cola", "--data", place / "good", *(word for c in changes for word in ("--set", c))]
-    code, tuned, err = command("finetune", "--model", place / "bert", "--out", tmp_path / "cola", *common)
+    common = ["--data", place / "good", *(word for c in changes for word in ("--set", c))]
+    code, tuned, err = command("finetune", "--task", "cola", "--model", place / "bert", "--out", tmp_path / "cola", *common)
     assert code == 0, err
     assert len(pd.read_parquet(tmp_path / "cola/predictions.parquet")) == 16
-    code, measured, err = command("evaluate", "--model", tmp_path / "cola", *common)
-    assert code == 0 and measured == tuned, err
+    code, measured, err = command("evaluate", "cola", "--model", tmp_path / "cola", *common)
+    assert code == 0 and scores(measured).items() <= scores(tuned).items() and "score" in scores(measured), err
+    code, marked, err = command("evaluate", "cola", "--predictions", tmp_path / "cola/predictions.parquet", "--data", place / "good")
+    assert code == 0 and marked == measured, err
 
 
 def test_presets_are_listed(command):
