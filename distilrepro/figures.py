@@ -6,7 +6,7 @@
 __all__ = ['GREY', 'COMPONENTS', 'TIED', 'SHARED', 'CURVES', 'use_style', 'Picture', 'save_figure', 'tasks_figure',
            'count_components', 'record_components', 'component_table', 'parameters_figure', 'learning_curves']
 
-# %% ../nbs/lib/15b_figures.ipynb #08668336
+# %% ../nbs/lib/15b_figures.ipynb #ecd87d2a
 import base64
 import html
 import io
@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from .config import UserError
 from .records import Run, read_records, write_atomic, write_records
-from .tables import COLOURS, STYLE, TASKS, Table, command, is_toy, number, results
+from .tables import COLOURS, MODELS, STYLE, TASKS, Table, command, is_toy, number, results
 
 # %% ../nbs/lib/15b_figures.ipynb #e486efba
 GREY = "#787878"
@@ -65,32 +65,34 @@ def save_figure(
     write_atomic(run.folder / "tables" / f"{name}.png", pixels.getvalue())
     return Picture(vector.getvalue(), str(fig.get_label()))
 
-# %% ../nbs/lib/15b_figures.ipynb #c924d149
+# %% ../nbs/lib/15b_figures.ipynb #279b8083
 def tasks_figure(
     run: Run,
 ) -> Figure:
-    "Draw teacher and student by task, each seed a dot; raises `UserError` when nothing was fine-tuned."
-    found = results(run)
+    "Draw teacher, student and student (D) by task, each seed a dot; raises `UserError` when nothing was fine-tuned."
+    found = {t: r for t, r in results(run).items() if MODELS.keys() & r.scores.keys()}
     if not found:
         raise UserError(f"run {run.name} has no fine-tuned model; run {command(run)}")
-    fig, ax = plt.subplots(figsize=(max(4, 0.95 * len(found) + 1.2), 3.6))
+    models = [m for m in MODELS if any(m in r.scores for r in found.values())]
+    fig, ax = plt.subplots(figsize=(max(4, (0.55 + 0.2 * len(models)) * len(found) + 1.2), 3.6))
+    shifts = dict(zip(models, 0.3 * (np.arange(len(models)) - (len(models) - 1) / 2), strict=True))
     for x, r in enumerate(found.values()):
-        ax.plot([x - 0.35, x + 0.35], [100 * r.floor] * 2, color=COLOURS["floor"], lw=2, ls=":", label="floor" if x == 0 else None)
-        for model, shift in (("teacher", -0.15), ("student", 0.15)):
-            if model not in r.scores:
-                continue
-            colour, median = COLOURS[model], 100 * r.median(model)
+        ax.plot([x - 0.42, x + 0.42], [100 * r.floor] * 2, color=COLOURS["floor"], lw=2, ls=":")
+        for model in (m for m in models if m in r.scores):
+            colour, median, at = COLOURS[model], 100 * r.median(model), x + shifts[model]
             dots = np.linspace(-0.05, 0.05, len(r.scores[model])) if len(r.scores[model]) > 1 else np.zeros(1)
-            ax.plot([x + shift] * 2, 100 * np.array(r.interval(model)), color=colour, lw=1.5)
-            ax.plot([x + shift - 0.12, x + shift + 0.12], [median] * 2, color=colour, lw=3, label=model if x == 0 else None)
-            ax.scatter(x + shift + dots, 100 * r.scores[model], s=16, color=colour, alpha=0.75, linewidths=0, zorder=3)
-    ax.set_xticks(range(len(found)), [TASKS.get(t, t) for t in found])
+            ax.plot([at] * 2, 100 * np.array(r.interval(model)), color=colour, lw=1.5)
+            ax.plot([at - 0.12, at + 0.12], [median] * 2, color=colour, lw=3)
+            ax.scatter(at + dots, 100 * r.scores[model], s=16, color=colour, alpha=0.75, linewidths=0, zorder=3)
+    keys = [plt.Line2D([], [], color=COLOURS[m], lw=3, label=MODELS[m]) for m in models]
+    keys = [plt.Line2D([], [], color=COLOURS["floor"], lw=2, ls=":", label="Floor"), *keys]
+    ax.set_xticks(range(len(found)), [TASKS[t].replace(", ", ",\n") for t in found])
     ax.set(ylabel="score x100", title="Performance by task" + (" (toy language)" if is_toy(run) else ""))
     ax.grid(axis="y")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, -0.26), ncols=3)
-    both = {TASKS.get(t, t): [number(r.median(m), scale=100) for m in ("teacher", "student")] for t, r in found.items()}
-    medians = "; ".join(f"{name} {t} and {s}" for name, (t, s) in both.items())
-    fig.set_label(f"Scores by task, each seed a dot, with median and 95 % interval. Teacher and student medians: {medians}.")
+    ax.legend(handles=keys, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=4)
+    medians = "; ".join(f"{TASKS[t]} {', '.join(number(r.median(m), scale=100) for m in models)}" for t, r in found.items())
+    who = ", ".join(MODELS[m] for m in models)
+    fig.set_label(f"Scores by task, each seed a dot, with median and 95 % interval. Medians of {who}: {medians}.")
     plt.close(fig)  # shown by whoever asks, once
     return fig
 

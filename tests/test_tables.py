@@ -12,17 +12,36 @@ import pytest
 from distilrepro.config import UserError, load_settings
 from distilrepro.figures import learning_curves, parameters_figure, save_figure, tasks_figure
 from distilrepro.glue import difference_table, differences, glue_findings, glue_table, macro, retained, retention_table, shared_tasks
+from distilrepro.latency import POSTER, latencies, latency_findings, latency_ratios, latency_table
 from distilrepro.records import create_run, write_atomic, write_predictions, write_records
 from distilrepro.report import show_output, summary, summary_markdown, write_report
 from distilrepro.stats import headline
-from distilrepro.tables import TASKS, Table, coverage, faster, lacking, latency_table, number, published, results, save_table, speed_table
+from distilrepro.tables import (
+    GLUE,
+    MODELS,
+    OFFICIAL,
+    SOURCE_OF,
+    SOURCES,
+    TASKS,
+    Table,
+    coverage,
+    faster,
+    lacking,
+    number,
+    published,
+    reference,
+    results,
+    save_table,
+    speed_table,
+    speed_values,
+)
 
 N = 120
 
 
 def made_up(folder: Path, source="synthetic", tasks=("cola", "mrpc", "stsb", "wnli", "imdb"), skip=()):
     "A run with drawn predictions; `skip` names units to leave out."
-    sets = (f"grid.tasks=[{','.join(tasks)}]", "grid.seeds=[1,2]", f"data.source={source}")
+    sets = (f"grid.tasks=[{','.join(tasks)}]", "grid.seeds=[1,2]", f"data.source={source}", "second.tasks=[]")
     run = create_run(folder, load_settings("sanh2019", "smoke", sets), folder)
     rng = np.random.default_rng(0)
     for task in tasks:
@@ -79,9 +98,9 @@ def test_holes_parts_and_absent_tasks_are_told_apart(tmp_path):
     gone = {"finetune-student-mrpc-1", "finetune-student-mrpc-2", "finetune-student-cola-2"}
     run = made_up(tmp_path / "real", "local", ("cola", "mrpc"), skip=gone)
     table = glue_table(run)
-    student = dict(zip([*("Model", "Score", "Macro", "w/o"), *TASKS], table.blocks[0][1][1], strict=True))
+    student = dict(zip([*("Model", "Score", "Macro", "w/o"), *GLUE, "imdb"], table.blocks[0][1][1], strict=True))
     assert student["mrpc"] == "missing" and student["rte"] == "–" and student["cola"][0].isdigit()
-    assert lacking(run) == ["student on CoLA (1 of 2 seeds)", "student on MRPC (0 of 2 seeds)"]
+    assert lacking(run) == ["Student on CoLA (1 of 2 seeds)", "Student on MRPC (0 of 2 seeds)"]
     assert "own part: 120 of 1043" in "".join(table.columns) and not table.toy
     assert any("--preset sanh2019 --scale smoke --run runs/real" in n for n in table.notes)
     assert any("not comparable digit for digit: CoLA 120 of 1043" in n for n in table.notes)
@@ -92,7 +111,7 @@ def test_an_empty_run_gives_a_table_of_holes_and_clear_errors(tmp_path):
     run = create_run(tmp_path / "empty", load_settings("cornell", "smoke"), tmp_path)
     assert "missing" in glue_table(run).blocks[0][1][0] and retained(run, []) == {}
     assert glue_findings(run).sentences and difference_table(run).to_html() and retention_table(run).to_markdown()
-    for call in (tasks_figure, parameters_figure, learning_curves, speed_table, write_report):
+    for call in (tasks_figure, parameters_figure, learning_curves, speed_table, latency_table, write_report):
         with pytest.raises(UserError, match="distilrepro reproduce"):
             call(run)
 
@@ -126,23 +145,104 @@ def test_text_is_escaped_everywhere():
     assert "<img" not in page and page.count("&lt;img") == 7
 
 
-def test_speed_blocks_and_ratios(tmp_path):
-    run = create_run(tmp_path / "fast", load_settings("sanh2019", "smoke"), tmp_path)
-    rows = [dict(model=m, metric="parameters", value=v) for m, v in dict(teacher=100e6, student=60e6).items()]
-    rows += [dict(model=m, metric="pass_s", value=v, seed=k, n=20) for m, vs in dict(teacher=[4, 6, 5], student=[2, 2, 2]).items()
-             for k, v in enumerate(vs)]
-    write_records(run, "speed", rows, stage="speed")
+def test_the_nine_are_nine_and_new_tasks_have_titles_and_sizes():
+    assert len(GLUE) == 9 and not {"imdb", "squad", "sst2_resplit"} & set(GLUE)
+    assert [TASKS[t] for t in GLUE] == reference()["glue_columns"][1:], "the order of the published columns"
+    assert (TASKS["squad"], TASKS["sst2_resplit"], OFFICIAL["squad"]) == ("SQuAD 1.1", "SST-2, re-split", 10570)
+
+
+def test_every_published_row_names_one_source_that_has_a_name():
+    for name in ("glue_dev", "downstream", "size_speed", "s0_table1", *SOURCE_OF):
+        assert set(published(name).source) <= set(SOURCES), name
+    assert published("ablation_delta_macro").source.tolist() == ["S3"] * 4 and published("s0_latency_ms").source.unique().tolist() == ["S0"]
+
+
+def second_run(folder: Path):
+    "Seeds by task, and a second distillation: refused on CoLA, half refused on MRPC, absent on RTE, not asked for on IMDb."
+    sets = ("grid.tasks=[cola,mrpc,rte,imdb]", "grid.seeds=[1,2]", "grid.task_seeds={imdb: [7]}", "second.tasks=[cola,mrpc,rte]")
+    run = create_run(folder, load_settings("sanh2019", "smoke", sets), folder)
+    score, no = dict(metric="score", value=0.5), dict(metric="refused", value=0.3)
+    units = [(m, t, s, score) for m, t in product(("teacher", "student"), ("cola", "mrpc", "rte")) for s in (1, 2)]
+    units += [("student", "imdb", 7, score), ("student_d", "cola", 1, no), ("student_d", "cola", 2, no), ("student_d", "mrpc", 1, no),
+              ("student_d", "mrpc", 2, score)]
+    for model, task, seed, row in units:
+        common = dict(stage="finetune", model=model, task=task, split="validation", seed=seed, n=100)
+        write_records(run, f"finetune-{model}-{task}-{seed}", [row, dict(metric="floor", value=0.3)], **common)
+    return run
+
+
+def test_a_refused_second_distillation_is_an_answer_and_an_absent_one_a_hole(tmp_path):
+    run = second_run(tmp_path / "second")
+    assert lacking(run) == ["Student (D) on RTE (0 of 2 seeds)", "Teacher on IMDb (0 of 1 seeds)"]
+    table = coverage(run)
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.blocks[0][1]}
+    assert list(rows) == list(MODELS.values())
+    assert [rows["Student (D)"][TASKS[t]] for t in ("cola", "mrpc", "rte", "imdb")] == ["refused", "1 of 2\n1 refused", "0 of 2", "–"]
+    assert (rows["Teacher"]["IMDb"], rows["Student"]["IMDb"]) == ("0 of 1", "1 of 1") and "refused" in table.notes[0].lower()
+
+
+def test_a_run_without_second_distillation_has_no_row_for_it(run):
+    assert [row[0] for row in coverage(run).blocks[0][1]] == ["Teacher", "Student"] and lacking(run) == []
+
+
+def timed(folder: Path, tasks: dict[str, dict], sets=()):
+    "A run with latencies: task -> model -> mean of each repeat."
+    run = create_run(folder, load_settings("sanh2019", "smoke", sets), folder)
+    kinds = dict(latency_mean_ms=1, latency_p50_ms=0.8, latency_p95_ms=3, pass_s=0.02)
+    rows = [dict(model=m, task=t, metric=k, value=v * f, seed=r, n=20, split="test") for t, models in tasks.items()
+            for m, vs in models.items() for r, v in enumerate(vs) for k, f in kinds.items()]
+    sizes = [dict(model=m, metric="parameters", value=v) for m, v in dict(teacher=100e6, student=60e6).items()]
+    write_records(run, "speed", rows + sizes, stage="speed")
+    return run
+
+
+def test_speed_blocks_and_ratios_of_the_first_task_only(tmp_path):
+    times = dict(stsb=dict(teacher=[200, 300, 250], student=[100, 100, 100]), cola=dict(teacher=[900, 900, 900], student=[1, 1, 1]))
+    run = timed(tmp_path / "fast", times, ("speed.tasks=[stsb,cola]",))
     table = speed_table(run)
     ratio = table.blocks[0][1][2]
     assert ratio[1] == "0.600" and ratio[6] == "2.50\n2.00 to 3.00" and table.blocks[0][1][1][6] == "2.50x\n60 % less time"
-    assert len(table.blocks) == 3 and faster(0.5) == "0.50x\n100 % more time"
-    assert latency_table().blocks[0][1][2][1:4] == ["1.98x", "1.96x", "3.85x"]
+    assert len(table.blocks) == 3 and faster(0.5) == "0.50x\n100 % more time" and "20 examples of STS-B" in table.notes[0]
+    assert speed_values(run, "cola").loc[("teacher", "pass_s"), 0] == 18 and ("teacher", "parameters") in speed_values(run, "cola").index
+
+
+def test_latency_headline_is_the_mean_of_three_ratios_with_and_without_each(tmp_path):
+    times = dict(imdb=dict(teacher=[8, 12], student=[4, 4]), cola=dict(teacher=[4, 4], student=[2, 2]),
+                 mrpc=dict(teacher=[50, 50], student=[10, 5]), stsb=dict(teacher=[3, 3], student=[1, 1]))
+    run = timed(tmp_path / "late", times)
+    ratios = latency_ratios(latencies(run))
+    assert ratios["all"].tolist() == pytest.approx([(2 + 2 + 5) / 3, (3 + 2 + 10) / 3]), "STS-B is not of the poster's three"
+    assert ratios["without mrpc"].tolist() == [2, 2.5] and ratios["without imdb"].tolist() == [3.5, 6]
+    own, other = (rows for _, rows in latency_table(run).blocks)
+    assert own[-1][1:6] == ["2.50\n2.00 to 3.00", "2.00\n2.00 to 2.00", "7.50\n5.00 to 10.00", "3.00\n3.00 to 3.00", "4.00\n3.00 to 5.00"]
+    assert other[-1][1:] == ["1.98", "1.96", "3.85", "–", "2.60", "2.91", "2.92", "1.97"] and len(other) == 3
+    assert "MRPC moves it most: without it, 1.97x" in latency_findings(run).sentences[0]
+
+
+def test_latencies_that_are_not_there_are_holes_and_no_headline(tmp_path):
+    run = timed(tmp_path / "part", dict(cola=dict(teacher=[4], student=[2])), ("speed.tasks=[cola,imdb]",))
+    own = latency_table(run).blocks[0][1]
+    assert own[0][1:5] == ["missing", "4.00", "–", "–"] and own[-1][1:] == ["missing", "2.00", *["–"] * 5]
+    assert "IMDb, MRPC" in latency_findings(run).sentences[1]
+    full = timed(tmp_path / "none", {})
+    assert {c for row in latency_table(full).blocks[0][1] for c in row[1:]} == {"missing", "–"} and POSTER == ("imdb", "cola", "mrpc")
 
 
 def test_figures_describe_themselves_and_are_files(run):
     picture = save_figure(run, "f4_tasks", tasks_figure(run))
     assert "each seed a dot" in picture.alt and {p.suffix for p in (run.folder / "tables").glob("f4_tasks.*")} == {".svg", ".png"}
     assert picture.svg == save_figure(run, "f4_tasks", tasks_figure(run)).svg, "same run, same bytes"
+
+
+def test_the_task_figure_draws_the_runs_models_and_not_the_ablations(tmp_path):
+    run = second_run(tmp_path / "figure")
+    for task in ("rte", "wnli"):
+        common = dict(stage="finetune", model="triple", task=task, split="validation", seed=1, n=100)
+        write_records(run, f"finetune-triple-{task}-1", [dict(metric="score", value=0.9)], **common)
+    fig = tasks_figure(run)
+    assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == ["Floor", *MODELS.values()]
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["CoLA", "MRPC", "RTE", "IMDb"]
+    assert "MRPC 50.0, 50.0, 50.0" in fig.get_label() and "90.0" not in fig.get_label()
 
 
 class Page(HTMLParser):
