@@ -69,7 +69,7 @@ def variants(
                 for r in paper.fillna({"init": "teacher"}).itertuples()]
     return pd.DataFrame(rows).set_index("name")
 
-# %% ../nbs/lib/15d_ablations.ipynb #894dddfd
+# %% ../nbs/lib/15d_ablations.ipynb #fbd1b075
 def own_results(
     run: Run,
 ) -> dict[str, TaskResult]:  # by task
@@ -89,7 +89,7 @@ def _macro(run: Run, name: str) -> dict[str, float]:
     low, high = interval(drawn) if len(drawn) else (float("nan"),) * 2
     return dict(macro=np.mean([own_results(run)[t].median(name) for t in run.settings.ablation.tasks]), macro_low=low, macro_high=high)
 
-
+# %% ../nbs/lib/15d_ablations.ipynb #32fe975f
 def deltas(
     run: Run,
 ) -> pd.DataFrame:  # index name; `macro`, `delta` with `_low` and `_high`, `p`, `reads`; fractions; NaN where unknown
@@ -168,12 +168,12 @@ def variant_name(
     "Name a student by what it was made with."
     return " + ".join(TERMS[t] for t in row.losses) + (", random weights" if row.init == "random" else "")
 
-# %% ../nbs/lib/15d_ablations.ipynb #43d40636
+# %% ../nbs/lib/15d_ablations.ipynb #a74caab3
 def _is_toy(run: Run) -> bool:
     "Say whether there are own numbers and they are a toy's."
     return is_toy(run) and bool(run.settings.ablation.students)
 
-
+# %% ../nbs/lib/15d_ablations.ipynb #2d745537
 def _cells(run: Run, name: str, row, ends: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
     "Write one student's row after its label."
     text = [number(ends.at[name, k], 3) if name in ends.index else "missing" for k in ("mlm_loss", "kl")]
@@ -202,7 +202,7 @@ def ablation_notes(
     return [*own, f"Published: {source}, GLUE macro over nine tasks, full recipe, no interval: signs can be compared, sizes cannot.",
             *["Toy: a synthetic language; nothing is said about English."] * _is_toy(run), *what_is_missing(run)]
 
-
+# %% ../nbs/lib/15d_ablations.ipynb #7a1d54f4
 def ablation_table(
     run: Run,
 ) -> Table:

@@ -216,7 +216,7 @@ def model_card(
         f"Held-out text ({s.data.heldout}, {end['n']} masked words):\n\n| measure | value |\n|---|---|\n{values}\n"
     )
 
-# %% ../nbs/lib/13a_stages.ipynb #82a08102
+# %% ../nbs/lib/13a_stages.ipynb #9355c279
 def tuned_folder(
     run: Run,
     model: str,
@@ -225,7 +225,7 @@ def tuned_folder(
     "Name the folder of a model as the task's first seed fine-tuned it."
     return run.folder / "checkpoints" / f"finetune-{model}-{task}-{seeds_for(run.settings, task)[0]}"
 
-
+# %% ../nbs/lib/13a_stages.ipynb #87f9c3ef
 def soft_targets(
     args: SecondDistillation,
     folder: str,  # folder or hub id of a teacher fine-tuned on the task
@@ -353,7 +353,7 @@ def cross(
         rows += [dict(task=target.name, metric=k, value=v, n=len(said), split=target.eval_split) for k, v in values.items()]
     return rows
 
-# %% ../nbs/lib/13a_stages.ipynb #d3f491db
+# %% ../nbs/lib/13a_stages.ipynb #de5fa9ed
 def speed_stage(
     run: Run,
 ) -> pd.DataFrame:  # its records
@@ -383,7 +383,7 @@ def timed_folder(
     tuned = tuned_folder(run, model, task)
     return tuned if tuned.is_dir() else run.folder / "checkpoints" / model
 
-
+# %% ../nbs/lib/13a_stages.ipynb #d6e0ab07
 def pass_records(
     run: Run,
     task: str,
