@@ -24,7 +24,7 @@ from .config import Data, UserError
 from .records import atomic_folder, code_hash, write_atomic
 from .sources import HUB, load_split, load_tokenizer, local_files, raw_tokenizer, texts
 
-# %% ../nbs/lib/05_corpus.ipynb #657895f5
+# %% ../nbs/lib/05_corpus.ipynb #10fa0efd
 _all_ = ["load_split", "load_tokenizer", "texts"]  # handed on, so that a training loop needs this one room
 
 
@@ -51,7 +51,7 @@ def shorten(
         return [ids if len(ids) <= data.max_len else [*ids[:data.max_len - 1], tokenizer.sep_token_id]]
     return split_long(ids, data.max_len, tokenizer.cls_token_id, tokenizer.sep_token_id)
 
-
+# %% ../nbs/lib/05_corpus.ipynb #a5c4b776
 def sequences(
     lines: Iterable[str],
     tokenizer: PreTrainedTokenizerFast,

@@ -6,15 +6,16 @@
 __all__ = ['COLUMNS', 'STEP', 'QUERY', 'LOW', 'N_BEST', 'LONGEST', 'ARTICLES', 'NO_PUNCTUATION', 'FIRST', 'row_fault',
            'check_squad', 'squad_rows', 'window_starts', 'answer_tokens', 'cut_windows', 'encode_squad', 'load_reader',
            'span_logits', 'squad_objective', 'predict_spans', 'best_spans', 'decode', 'normalise', 'word_f1', 'mark',
-           'squad_table', 'squad_metrics', 'golds_of', 'squad_floor', 'answer_table', 'measure_squad', 'finetune_squad',
-           'evaluate_squad', 'load_predictions']
+           'squad_table', 'squad_metrics', 'golds_of', 'squad_floor', 'answer_table', 'measure_squad', 'squad_windows',
+           'finetune_squad', 'evaluate_squad', 'load_predictions']
 
-# %% ../nbs/lib/11a_squad.ipynb #175d431c
+# %% ../nbs/lib/11a_squad.ipynb #ed5e66b8
 import json
 import re
 import string
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -341,7 +342,20 @@ def measure_squad(
     means = table[["exact_match", "f1"]].mean().to_dict()
     return means | {"score": means["f1"], "floor": floor}
 
-# %% ../nbs/lib/11a_squad.ipynb #92fac3df
+# %% ../nbs/lib/11a_squad.ipynb #edd07960
+@lru_cache(maxsize=4)  # two splits of two lengths: all windows of the shared data take about 300 MB
+def squad_windows(
+    data: Data,
+    split: str,
+    limit: int,  # questions; 0: all
+    tokenizer: PreTrainedTokenizerFast,
+    max_len: int,
+) -> tuple[Dataset, list[dict]]:  # rows; their windows; both shared, so not to be changed
+    "Load a split and cut its windows, once for all seeds; raises `UserError` for a bad row."
+    rows = squad_rows(data, split, limit)
+    return rows, encode_squad(rows, tokenizer, max_len)
+
+# %% ../nbs/lib/11a_squad.ipynb #72b37a04
 def finetune_squad(
     base: Path,  # folder of the pretrained model
     data: Data,
@@ -352,9 +366,10 @@ def finetune_squad(
     on_step: Callable[[int, int], None] = lambda done, total: None,  # told of progress
 ) -> Tuned:
     "Fine-tune a pretrained model on SQuAD and evaluate it; raises `UserError` for a bad row, `UntrainedTeacher` for one at the floor (B6)."
-    train, held = squad_rows(data, "train", args.max_train), squad_rows(data, "validation", args.max_eval)
-    windows, model, pad_id = encode_squad(held, tokenizer, args.max_len), load_reader(base, seed), tokenizer.pad_token_id
-    objective = squad_objective(model, encode_squad(train, tokenizer, args.max_len), pad_id, soft)
+    _, train = squad_windows(data, "train", args.max_train, tokenizer, args.max_len)
+    held, windows = squad_windows(data, "validation", args.max_eval, tokenizer, args.max_len)
+    model, pad_id = load_reader(base, seed), tokenizer.pad_token_id
+    objective = squad_objective(model, train, pad_id, soft)
     loop, floor = args.loop.model_copy(update={"seed": seed}), squad_floor(held)
     def table(who): return answer_table(who, windows, held, pad_id, loop.bf16)
     if soft:
@@ -362,15 +377,16 @@ def finetune_squad(
             check_teacher("SQuAD", measure_squad(table(soft.teacher), floor))
     return tune(model, objective, loop, lambda: table(model), lambda said: measure_squad(said, floor), args.select, on_step)
 
-# %% ../nbs/lib/11a_squad.ipynb #f415d065
+# %% ../nbs/lib/11a_squad.ipynb #a841d98e
 def evaluate_squad(
     folder: Path,  # a model fine-tuned on SQuAD, with its tokenizer
     data: Data,
     args: Finetune,  # for the length and the number of questions
 ) -> tuple[pd.DataFrame, dict[str, float]]:  # predictions; metrics as fractions
     "Evaluate a fine-tuned model on the dev set; raises `UserError` when it has no span head."
-    model, tokenizer, held = load_reader(folder), own_tokenizer(folder), squad_rows(data, "validation", args.max_eval)
-    table = answer_table(model, encode_squad(held, tokenizer, args.max_len), held, tokenizer.pad_token_id)
+    model, tokenizer = load_reader(folder), own_tokenizer(folder)
+    held, windows = squad_windows(data, "validation", args.max_eval, tokenizer, args.max_len)
+    table = answer_table(model, windows, held, tokenizer.pad_token_id)
     return table, measure_squad(table, squad_floor(held))
 
 # %% ../nbs/lib/11a_squad.ipynb #3130d14d
