@@ -237,7 +237,7 @@ def ablation_findings(
         out.append(f"Of {len(pairs)} published deltas {len(same)} are told apart from 0 here, with the same sign.")
     return Findings([*out, budget(run), *what_is_missing(run)])
 
-# %% ../nbs/lib/15d_ablations.ipynb #bf8cc329
+# %% ../nbs/lib/15d_ablations.ipynb #3db619dd
 def ablation_figure(
     run: Run,
 ) -> Figure:
@@ -252,7 +252,8 @@ def ablation_figure(
         ax.plot(100 * who.delta, at, "o", color=COLOURS["student"], label="this run, 95 % interval")
     ax.plot(who.published, at, "D", mfc="none", mec=GREY, ms=7, label="published")
     ax.set_yticks(at, [variant_name(r) for _, r in who.iterrows()])
-    ax.set(xlabel=f"macro score minus {REFERENCE}, points", title="What each part is worth" + " (toy language)" * _is_toy(run))
+    whose = " (toy language)" * _is_toy(run) if who.delta.notna().any() else "\npublished alone: this run has no finished ablation"
+    ax.set(xlabel=f"macro score minus {REFERENCE}, points", title="What each part is worth" + whose)
     ax.grid(axis="x")
     ax.margins(x=0.08)
     ax.set_ylim(-0.6, len(who) - 0.4)

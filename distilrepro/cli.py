@@ -56,7 +56,7 @@ def reproduce(
     settings = workflow.resolve(preset, scale, data, tuple(sets or ()))
     typer.echo(str(workflow.reproduce(settings, workflow.run_folder(settings, run), cores)))
 
-# %% ../nbs/lib/17_cli.ipynb #ee7dc291
+# %% ../nbs/lib/17_cli.ipynb #57bfd220
 @app.command()
 def notebook(
     name: Annotated[str, typer.Argument(help="Name of a job, such as t1_glue.")],
@@ -64,9 +64,9 @@ def notebook(
     root: Annotated[Path | None, typer.Option(help="The checkout; found by itself inside one.")] = None,
 ):
     "Execute one notebook of a run; the workflow calls this."
-    from distilrepro import workflow
+    from distilrepro import plan  # not the workflow: a process of each notebook would wait seconds for torch
 
-    typer.echo(str(workflow.run_job(run, name, root or workflow.checkout())))
+    typer.echo(str(plan.run_job(run, name, root or plan.checkout())))
 
 
 @app.command()

@@ -7,7 +7,7 @@ __all__ = ['PLACES', 'COLUMNS', 'WIDTH', 'HEIGHT', 'model_sizes', 'own_sizes', '
            'sizes_table', 'teacher_depth', 'copied_layers', 'layer_heights', 'draw_stacks', 'draw_ends', 'loss_texts',
            'draw_losses', 'method_figure', 'describe_method']
 
-# %% ../nbs/lib/15f_drawings.ipynb #00d74692
+# %% ../nbs/lib/15f_drawings.ipynb #ac903eeb
 from datetime import datetime
 
 import matplotlib.pyplot as plt
@@ -17,14 +17,13 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.transforms import Bbox
 from transformers import BertConfig
 
-from .claims import reference_file
 from .config import Settings, UserError
 from .figures import GREY
 from .records import Run, read_records
 from .student import layer_map, model_folder
-from .tables import COLOURS, Table, command, is_toy, number, speed_values
+from .tables import COLOURS, Table, command, is_toy, number, reference, speed_values
 
-# %% ../nbs/lib/15f_drawings.ipynb #04bf94fa
+# %% ../nbs/lib/15f_drawings.ipynb #127dfec7
 def _date(year: int, month: int) -> float:
     "Place the middle of a month on the axis of years."
     return year + (month - 0.5) / 12
@@ -32,7 +31,7 @@ def _date(year: int, month: int) -> float:
 
 def model_sizes() -> list[dict]:  # name, when (years), parameters, source, mark, own
     "Return the published models in order of date."
-    rows = [row | dict(when=_date(row["year"], row["month"]), own="") for row in reference_file("model_sizes")["models"]]
+    rows = [row | dict(when=_date(row["year"], row["month"]), own="") for row in reference("model_sizes")["models"]]
     return sorted(rows, key=lambda r: (r["when"], r["parameters"]))
 
 # %% ../nbs/lib/15f_drawings.ipynb #66a87848

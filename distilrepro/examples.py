@@ -6,12 +6,10 @@
 __all__ = ['TASKS_SHOWN', 'reported', 'known_words', 'own_examples', 'outputs', 'example_texts', 'truth_text', 'answer_text',
            'example_rows', 'examples_table']
 
-# %% ../nbs/lib/15g_examples.ipynb #4f19c5f5
+# %% ../nbs/lib/15g_examples.ipynb #e43eda1c
 from collections import Counter
-from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from datasets import Dataset
 from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -22,13 +20,13 @@ from .records import Run
 from .sources import load_split, raw_tokenizer
 from .squad import decode, encode_squad, load_reader, mark, predict_spans
 from .stages import tuned_folder
-from .tables import MODELS, SOURCES, TASKS, Table, command, is_toy, number
+from .tables import MODELS, SOURCES, TASKS, Table, command, is_toy, number, reference
 from .tasks import encode, get_task
 
-# %% ../nbs/lib/15g_examples.ipynb #fe3abfa5
+# %% ../nbs/lib/15g_examples.ipynb #79c16d2e
 def reported() -> dict[str, list[dict]]:  # by task: rows with the columns of its data set
     "Read the report's worked examples."
-    whole = yaml.safe_load((files("distilrepro") / "reference" / "examples.yaml").read_text(encoding="utf-8"))
+    whole = reference("examples")
     squad = []
     for i, row in enumerate(whole["squad"]):
         at = row["context"].lower().index(row["answer"].lower())

@@ -47,7 +47,7 @@ def compared_models(
     asked = {*run.settings.second.tasks, *refused_tasks(run)} & set(tasks)
     return [m for m in COMPARED if m != "student_d" or has or asked]
 
-# %% ../nbs/lib/15a_glue.ipynb #fe52f711
+# %% ../nbs/lib/15a_glue.ipynb #4825bebc
 def shared_tasks(
     run: Run,
     among: tuple[str, ...] = GLUE,
@@ -71,7 +71,7 @@ def macro(
         return value, float("nan"), float("nan")
     return value, *map(float, interval(np.mean([r.samples[model] for r in found], axis=0)))
 
-
+# %% ../nbs/lib/15a_glue.ipynb #a882509c
 def kept_by(
     found: list[TaskResult],
     model: str = "student",
@@ -95,7 +95,7 @@ def retained(
     "Compute what a student keeps of the teacher over some tasks."
     return kept_by([results(run)[t] for t in tasks], model)
 
-# %% ../nbs/lib/15a_glue.ipynb #e5bd4a72
+# %% ../nbs/lib/15a_glue.ipynb #fb9e18bc
 def own_label(
     run: Run,
     model: str,
@@ -118,7 +118,7 @@ def unfilled(
     asked = run.settings.second.tasks if model == "student_d" else run.settings.grid.tasks
     return "missing" if task in asked else "–"
 
-
+# %% ../nbs/lib/15a_glue.ipynb #f6722d23
 def own_cells(
     run: Run,
     model: str,
@@ -138,7 +138,7 @@ def ratio_cells(
     shared = shared_tasks(run, SHOWN, ("teacher", model))
     return [with_interval(*retained(run, [t], model)["ratio_of_means"]) if t in shared else "–" for t in SHOWN]
 
-# %% ../nbs/lib/15a_glue.ipynb #886200c9
+# %% ../nbs/lib/15a_glue.ipynb #f562e80b
 def own_heading(
     run: Run,
 ) -> str:
@@ -167,7 +167,7 @@ def own_block(
     rows.append(["Floor\nconstant majority answer", *floors, *(number(found[t].floor if t in found else None, scale=100) for t in SHOWN)])
     return own_heading(run), rows
 
-
+# %% ../nbs/lib/15a_glue.ipynb #f70b52de
 def published_block(
     tasks: list[str],  # GLUE tasks that the run's macro is taken over
 ) -> tuple[str, list[list[str]]]:  # heading, rows

@@ -159,7 +159,7 @@ def headline(
 
     return score
 
-# %% ../nbs/lib/12_stats.ipynb #ec414371
+# %% ../nbs/lib/12_stats.ipynb #a0f3c587
 CHUNK = 2**21  # counts held at once: 16 MiB
 
 
@@ -192,7 +192,7 @@ def two_way_bootstrap(
             parts[m].append(np.median(np.take_along_axis(scores, drawn, axis=1), axis=1))
     return {m: np.concatenate(p) for m, p in parts.items()}
 
-
+# %% ../nbs/lib/12_stats.ipynb #d0dab7cd
 def interval(
     samples: np.ndarray,  # (R, ...) bootstrap values
     level: float = 0.95,

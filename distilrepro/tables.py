@@ -9,10 +9,11 @@ __all__ = ['GLUE', 'TASKS', 'OFFICIAL', 'METRIC', 'MODELS', 'COLOURS', 'SOURCES'
            'speed_values', 'spread', 'faster', 'own_speed_rows', 'published_speed_blocks', 'speed_table',
            'speed_findings', 'save_table']
 
-# %% ../nbs/lib/15_tables.ipynb #836a6bbb
+# %% ../nbs/lib/15_tables.ipynb #c170c1f3
 import html
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def with_interval(
     text, ends = number(value, digits, scale), [number(v, digits, scale) for v in (low, high)]
     return text if "–" in (text, *ends) else f"{text}\n{ends[0]} to {ends[1]}"
 
-# %% ../nbs/lib/15_tables.ipynb #bf7359ae
+# %% ../nbs/lib/15_tables.ipynb #c3e5df9d
 STYLE = (
     ".dr{overflow-x:auto;max-width:100%}.dr table{border-collapse:collapse;font-size:.9rem;margin:.3rem 0}"
     ".dr-title{font-weight:600;margin:.6rem 0 .2rem}.dr thead small{white-space:normal}"
@@ -82,6 +83,11 @@ def _cell(
     return first + "".join(f"<small>{t}</small>" for t in rest)
 
 
+def _line(texts: list[str]) -> str:
+    "Write a row as Markdown."
+    return "| " + " | ".join(t.replace("|", "\\|").replace("\n", "<br>") for t in texts) + " |"
+
+
 def _row(texts: list[str]) -> str:
     "Write a row as HTML; its first cell is its header."
     return f'<tr><th scope="row">{_cell(texts[0])}</th>' + "".join(f"<td>{_cell(t)}</td>" for t in texts[1:]) + "</tr>"
@@ -93,7 +99,7 @@ def notes_html(
     "Write sentences as an HTML list."
     return "<ul>" + "".join(f"<li>{html.escape(n)}</li>" for n in notes) + "</ul>" if notes else ""
 
-# %% ../nbs/lib/15_tables.ipynb #361455c7
+# %% ../nbs/lib/15_tables.ipynb #675617dc
 @dataclass(frozen=True, repr=False)
 class Table:
     "A table as a reader sees it, with the numbers behind it."
@@ -117,10 +123,9 @@ class Table:
 
     def to_markdown(self) -> str:
         "Write the table as Markdown, one table a block."
-        def line(texts): return "| " + " | ".join(t.replace("|", "\\|").replace("\n", "<br>") for t in texts) + " |"
         out = [f"**{self.title}**" + (" (toy)" if self.toy else "")]
         for title, rows in self.blocks:
-            out += ["", f"*{title}*", "", line(self.columns), "|---|" + "---:|" * (len(self.columns) - 1), *map(line, rows)]
+            out += ["", f"*{title}*", "", _line(self.columns), "|---|" + "---:|" * (len(self.columns) - 1), *map(_line, rows)]
         return "\n".join([*out, "", *(f"- {n}" for n in self.notes)]) + "\n"
 
     def to_json(self) -> str:
@@ -152,10 +157,17 @@ def percent(
     value, low, high = (number(v, scale=100) for v in three)
     return f"{value} %" if "–" in (low, high) else f"{value} % [{low}, {high}]"
 
-# %% ../nbs/lib/15_tables.ipynb #e524fdde
-def reference() -> dict:  # as in `reference/published.yaml`
-    "Read the published numbers."
-    return yaml.safe_load((files("distilrepro") / "reference" / "published.yaml").read_text(encoding="utf-8"))
+# %% ../nbs/lib/15_tables.ipynb #3c66e670
+@cache
+def reference(
+    name: str = "published",  # `published`, `facts`, `claims`, `model_sizes`, `examples`
+) -> dict:  # not to be changed
+    "Read a file of reference numbers; raises `UserError` for a name that does not exist."
+    folder = files("distilrepro") / "reference"
+    known = [p.name[:-5] for p in folder.iterdir() if p.name.endswith(".yaml")]
+    if name not in known:
+        raise unknown("reference file", name, known)
+    return yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def published(

@@ -82,7 +82,7 @@ def axes_of(
     rows = sources(run) if run.settings.zeroshot.targets else list(poster.grid.tasks)
     return rows, [t for t in TASKS if t in (*targets, *rows)]
 
-# %% ../nbs/lib/15h_zeroshot.ipynb #c7220b7e
+# %% ../nbs/lib/15h_zeroshot.ipynb #153c5fdf
 def _status(cell) -> str:
     "Say what an accuracy is not; nothing for a zero-shot one above its floor."
     return "own task" if cell.own else "seen in training" if cell.seen else "" if cell.above else "not above the floor"
@@ -101,7 +101,7 @@ def _fill(run: Run, lacks: bool) -> list[str]:
         return ["This run asks no model about other tasks. To fill: distilrepro reproduce --preset sst2_random"]
     return [f"To fill: {command(run)}"] * lacks
 
-
+# %% ../nbs/lib/15h_zeroshot.ipynb #1954359a
 def zeroshot_table(
     run: Run,
 ) -> Table:
@@ -168,7 +168,7 @@ def zeroshot_findings(
     return Findings([*out, "A cell below its floor may still carry information, with the classes the other way round.",
                      *["Toy: a synthetic language; nothing is said about English."] * is_toy(run)])
 
-# %% ../nbs/lib/15h_zeroshot.ipynb #d22318ba
+# %% ../nbs/lib/15h_zeroshot.ipynb #65ece6dd
 def _paint(ax, model: str, cells: pd.DataFrame, rows: list[str], columns: list[str]) -> None:
     "Draw one model's matrix."
     at = {(c.trained_on, c.task): c for c in cells[cells.model == model].itertuples()}
@@ -190,17 +190,29 @@ def _paint(ax, model: str, cells: pd.DataFrame, rows: list[str], columns: list[s
     ax.spines[:].set_visible(False)
 
 
+def _no_answers(how: str) -> Figure:
+    "Say that there is nothing to draw, and how to get it."
+    fig, ax = plt.subplots(figsize=(6, 0.9), layout="constrained")
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, f"No zero-shot answers in this run.\n{how}", ha="center", va="center", fontsize=8, wrap=True)
+    fig.set_label(f"No cell is filled. {how}")
+    plt.close(fig)
+    return fig
+
+
 def zeroshot_figure(
     run: Run,
 ) -> Figure:
     "Draw the matrices of teacher and student, each cell with its accuracy and coloured by its distance to the floor."
     cells, (rows, columns) = matrix(run), axes_of(run)
+    if cells.empty:
+        return _no_answers(_fill(run, True)[0])
     fig, axes = plt.subplots(2, 1, figsize=(0.85 * len(columns) + 1.6, 1.1 * len(rows) + 2.6), layout="constrained")
     for ax, model in zip(axes, ("teacher", "student"), strict=True):
         _paint(ax, model, cells, rows, columns)
     fig.suptitle("Accuracy x100, coloured by distance to the floor" + " (toy language)" * (is_toy(run) and len(cells) > 0), fontsize=10)
     parts = [f"{c.model}, {TASKS[c.trained_on]} to {TASKS[c.task]} {number(c.accuracy, scale=100)} (floor {number(c.floor, scale=100)})"
              for c in cells.itertuples()]
-    fig.set_label(f"Heat maps of accuracy, fine-tuned on the row, asked about the column. {'; '.join(parts) or 'No cell is filled'}.")
+    fig.set_label(f"Heat maps of accuracy, fine-tuned on the row, asked about the column. {'; '.join(parts)}.")
     plt.close(fig)  # shown by whoever asks, once
     return fig

@@ -11,9 +11,10 @@ import yaml
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
 from distilrepro import claims
-from distilrepro.claims import audit, check, claim_findings, claims_table, find, floor_table, numbers, own_table, reference_file, runs_table
+from distilrepro.claims import audit, check, claim_findings, claims_table, find, floor_table, numbers, own_table, runs_table
 from distilrepro.config import UserError, load_settings
 from distilrepro.records import create_run, write_records
+from distilrepro.tables import reference
 
 REFERENCE = Path(__file__).resolve().parent.parent / "distilrepro/reference"
 ROWS = {row["id"]: row for row in audit()}
@@ -38,7 +39,7 @@ VERDICTS = dict(
 
 
 def test_every_claim_has_an_own_id_a_source_and_a_verdict():
-    entries = reference_file("claims")["claims"]
+    entries = reference("claims")["claims"]
     assert len(ROWS) == len(entries) and {row["source"] for row in ROWS.values()} == {"S0", "S1", "S2", "S3", "HF_README"}
     assert {row["verdict"] for row in ROWS.values()} == set(claims.VERDICTS)
     for before, row in zip(entries, entries[1:], strict=False):
@@ -59,7 +60,7 @@ def test_verdicts(name):
 
 def test_what_is_printed_agrees_with_the_reference():
     known = numbers()
-    printed = {c["id"]: c["value"] for c in reference_file("claims")["claims"]}
+    printed = {c["id"]: c["value"] for c in reference("claims")["claims"]}
     s0 = known["s0_claims"]
     assert [float(printed[k]) for k in ("s0_retained", "s0_paper_retained", "s0_speed")] == [
         s0["retention_pct"], s0["paper_retention_pct"], s0["speedup"]]
@@ -143,7 +144,7 @@ def test_parameter_counts_are_those_of_the_architectures():
     import torch
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in m.parameters()) for m in (BertModel(BertConfig()), DistilBertModel(DistilBertConfig()))]
-    assert sizes == [reference_file("facts")[k]["value"] for k in ("bert_parameters", "distilbert_parameters")]
+    assert sizes == [reference("facts")[k]["value"] for k in ("bert_parameters", "distilbert_parameters")]
 
 
 def test_eight_of_nine_tiny_cells_are_means_and_one_is_neither():

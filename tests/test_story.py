@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distilrepro import workflow
+from distilrepro import plan
 from distilrepro.records import Run, create_run, read_records
 from distilrepro.stages import distil_stage, finetune_stage, teacher_stage
 
@@ -115,7 +115,7 @@ def test_a_second_call_does_nothing(story):
 
 
 def test_papermill_by_hand_works_and_a_misspelt_parameter_is_named(story, tmp_path):
-    book = workflow.checkout() / "nbs/tables/t1_glue.ipynb"
+    book = plan.checkout() / "nbs/tables/t1_glue.ipynb"
     def papermill(*words):
         command = [sys.executable, "-m", "papermill", str(book), str(tmp_path / "out.ipynb"), "-k", "python3", *words]
         return subprocess.run(command, capture_output=True, text=True, check=False)

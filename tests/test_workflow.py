@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, pipeline
 
-from distilrepro import workflow
+from distilrepro import plan, workflow
 from distilrepro.config import Data, UserError, load_settings
 from distilrepro.corpus import load_tokenizer
 from distilrepro.records import create_run, read_records, write_records
@@ -134,7 +134,7 @@ def test_progress_half_written_is_no_error(run):
 
 def test_an_unknown_job_names_the_closest(run):
     with pytest.raises(UserError, match="unknown job 't1_glu'; did you mean 't1_glue'"):
-        workflow.run_job(run.folder, "t1_glu", workflow.checkout())
+        plan.run_job(run.folder, "t1_glu", plan.checkout())
 
 
 def test_published_results_hold_records_and_no_place(run, tmp_path):
