@@ -6,10 +6,10 @@
 __all__ = ['COMPARED', 'SHOWN', 'REFUSED', 'TESTS', 'ORIGIN', 'RULE', 'refused_tasks', 'compared_models', 'shared_tasks', 'macro',
            'kept_by', 'retained', 'own_label', 'unfilled', 'own_cells', 'ratio_cells', 'own_heading', 'own_block',
            'published_block', 'failed_cells', 'findings_about_data', 'score_rows', 'glue_table', 'examples_of',
-           'how_to_read', 'final_and_best', 'selection_table', 'retention_table', 'published_pairs', 'differences',
-           'verdict_cells', 'difference_table', 'second_table', 'macro_difference', 'glue_findings']
+           'training_part', 'how_to_read', 'final_and_best', 'selection_table', 'retention_table', 'published_pairs',
+           'differences', 'verdict_cells', 'difference_table', 'second_table', 'macro_difference', 'glue_findings']
 
-# %% ../nbs/lib/15a_glue.ipynb #6f9c785a
+# %% ../nbs/lib/15a_glue.ipynb #6c074700
 import numpy as np
 import pandas as pd
 
@@ -18,7 +18,7 @@ from .config import finetune_for, seeds_for
 from .records import Run, read_records
 from .stats import TaskResult, interval, retention, seed_bound
 from .tables import (
-    GLUE, METRIC, MODELS, OFFICIAL, SOURCES, TASKS, Findings, Table, column_name, command, is_toy, lacking, number,
+    GLUE, METRIC, MODELS, OFFICIAL, SOURCES, TASKS, TRAINED, Findings, Table, column_name, command, is_toy, lacking, number,
     percent, published, reference, results, with_interval)
 from .verdicts import failed_runs, retains
 
@@ -249,7 +249,7 @@ def glue_table(
     blocks = [own_block(run), published_block(tasks)]
     return Table("Table 1: teacher and student on GLUE and IMDb", columns, blocks, notes, score_rows(run), is_toy(run))
 
-# %% ../nbs/lib/15a_glue.ipynb #72656ab4
+# %% ../nbs/lib/15a_glue.ipynb #ee90b767
 ORIGIN = dict(synthetic="synthetic look-alike, toy", local="local files", hub="the hub")
 RULE = dict(final="weights at the end of training", best="best epoch on the same split")
 
@@ -265,6 +265,16 @@ def examples_of(
     return f"{found.n}, look-alike" if is_toy(run) else f"{found.n} of {whole}" if whole else f"{found.n}"
 
 
+def training_part(
+    run: Run,
+    task: str,
+    most: int,  # training examples asked for; 0: all that the data hold
+) -> str:  # such as `, at most 3000 of 87599 training examples`; empty where nothing was cut
+    "Say how much of the official training split a task may have used."
+    whole = "" if is_toy(run) or task not in TRAINED else f" of {TRAINED[task]}"
+    return f", at most {most}{whole} training examples" if most else ""
+
+
 def how_to_read(
     run: Run,
     tasks: tuple[str, ...] = SHOWN,  # those that the run neither has nor asks for are left out
@@ -275,7 +285,7 @@ def how_to_read(
     for t in [t for t in tasks if t in found or t in run.settings.grid.tasks]:
         args = finetune_for(run.settings, t)
         have = [len(found[t].scores.get(m, ())) if t in found else 0 for m in models]
-        most = f", at most {args.max_train} training examples" if args.max_train else ""
+        most = training_part(run, t, args.max_train)
         row = dict(
             task=TASKS[t], split=found[t].split if t in found else "–", metric=METRIC.get(t, "accuracy"),
             aggregation="median over seeds" if max(have) > 1 else "one seed", seeds=", ".join(map(str, have)), n=examples_of(run, t),

@@ -33,6 +33,7 @@ from distilrepro.glue import (
     how_to_read,
     second_table,
     selection_table,
+    training_part,
 )
 from distilrepro.records import create_run, write_predictions, write_records
 from distilrepro.sources import load_tokenizer
@@ -169,6 +170,7 @@ def test_a_cell_states_all_that_places_it(run):
     assert rows["CoLA"][:5] == ["validation", "Matthews", "median over seeds", "3, 3, 3", f"{N} of 1043"]
     assert rows["SQuAD 1.1"][3:5] == ["2, 2, 2", f"{N} of 10570"] and rows["IMDb"][0] == "test" and rows["RTE"][4] == "missing"
     assert all(row[5] == "weights at the end of training" and row[6].startswith("local files") for row in rows.values())
+    assert training_part(run, "squad", 3000) == ", at most 3000 of 87599 training examples" and training_part(run, "squad", 0) == ""
 
 
 def test_published_rows_keep_their_source_and_never_meet_own_ones(run):
