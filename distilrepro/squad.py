@@ -342,7 +342,7 @@ def measure_squad(
     means = table[["exact_match", "f1"]].mean().to_dict()
     return means | {"score": means["f1"], "floor": floor}
 
-# %% ../nbs/lib/11a_squad.ipynb #edd07960
+# %% ../nbs/lib/11a_squad.ipynb #93e119f5
 @lru_cache(maxsize=4)  # two splits of two lengths: all windows of the shared data take about 300 MB
 def squad_windows(
     data: Data,
@@ -355,7 +355,7 @@ def squad_windows(
     rows = squad_rows(data, split, limit)
     return rows, encode_squad(rows, tokenizer, max_len)
 
-# %% ../nbs/lib/11a_squad.ipynb #72b37a04
+
 def finetune_squad(
     base: Path,  # folder of the pretrained model
     data: Data,

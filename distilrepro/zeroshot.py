@@ -168,7 +168,7 @@ def zeroshot_findings(
     return Findings([*out, "A cell below its floor may still carry information, with the classes the other way round.",
                      *["Toy: a synthetic language; nothing is said about English."] * is_toy(run)])
 
-# %% ../nbs/lib/15h_zeroshot.ipynb #65ece6dd
+# %% ../nbs/lib/15h_zeroshot.ipynb #c4d20716
 def _paint(ax, model: str, cells: pd.DataFrame, rows: list[str], columns: list[str]) -> None:
     "Draw one model's matrix."
     at = {(c.trained_on, c.task): c for c in cells[cells.model == model].itertuples()}
@@ -210,7 +210,7 @@ def zeroshot_figure(
     fig, axes = plt.subplots(2, 1, figsize=(0.85 * len(columns) + 1.6, 1.1 * len(rows) + 2.6), layout="constrained")
     for ax, model in zip(axes, ("teacher", "student"), strict=True):
         _paint(ax, model, cells, rows, columns)
-    fig.suptitle("Accuracy x100, coloured by distance to the floor" + " (toy language)" * (is_toy(run) and len(cells) > 0), fontsize=10)
+    fig.suptitle("Accuracy x100: orange above the floor, purple below" + " (toy language)" * (is_toy(run) and len(cells) > 0), fontsize=10)
     parts = [f"{c.model}, {TASKS[c.trained_on]} to {TASKS[c.task]} {number(c.accuracy, scale=100)} (floor {number(c.floor, scale=100)})"
              for c in cells.itertuples()]
     fig.set_label(f"Heat maps of accuracy, fine-tuned on the row, asked about the column. {'; '.join(parts)}.")
