@@ -249,7 +249,7 @@ def glue_table(
     blocks = [own_block(run), published_block(tasks)]
     return Table("Table 1: teacher and student on GLUE and IMDb", columns, blocks, notes, score_rows(run), is_toy(run))
 
-# %% ../nbs/lib/15a_glue.ipynb #ee90b767
+# %% ../nbs/lib/15a_glue.ipynb #4ec42876
 ORIGIN = dict(synthetic="synthetic look-alike, toy", local="local files", hub="the hub")
 RULE = dict(final="weights at the end of training", best="best epoch on the same split")
 
@@ -274,7 +274,7 @@ def training_part(
     whole = "" if is_toy(run) or task not in TRAINED else f" of {TRAINED[task]}"
     return f", at most {most}{whole} training examples" if most else ""
 
-
+# %% ../nbs/lib/15a_glue.ipynb #ef5477b4
 def how_to_read(
     run: Run,
     tasks: tuple[str, ...] = SHOWN,  # those that the run neither has nor asks for are left out

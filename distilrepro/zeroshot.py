@@ -168,7 +168,7 @@ def zeroshot_findings(
     return Findings([*out, "A cell below its floor may still carry information, with the classes the other way round.",
                      *["Toy: a synthetic language; nothing is said about English."] * is_toy(run)])
 
-# %% ../nbs/lib/15h_zeroshot.ipynb #c4d20716
+# %% ../nbs/lib/15h_zeroshot.ipynb #e9fc2cb7
 def _paint(ax, model: str, cells: pd.DataFrame, rows: list[str], columns: list[str]) -> None:
     "Draw one model's matrix."
     at = {(c.trained_on, c.task): c for c in cells[cells.model == model].itertuples()}
@@ -189,7 +189,7 @@ def _paint(ax, model: str, cells: pd.DataFrame, rows: list[str], columns: list[s
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
-
+# %% ../nbs/lib/15h_zeroshot.ipynb #e04a6e37
 def _no_answers(how: str) -> Figure:
     "Say that there is nothing to draw, and how to get it."
     fig, ax = plt.subplots(figsize=(6, 0.9), layout="constrained")
