@@ -1,4 +1,4 @@
-# One rule a notebook. What there is to do, and in which order, is said by distilrepro.stages.jobs; this file hands it to Snakemake.
+# One rule a notebook. What there is to do, and in which order, is said by distilrepro.plan.jobs; this file hands it to Snakemake.
 #
 #   distilrepro reproduce ...                        makes the run folder and calls this on one machine
 #   snakemake --directory runs/RUN --config root=$PWD --executor slurm --jobs 20 ...     the same on a cluster

@@ -173,7 +173,7 @@ def _is_toy(run: Run) -> bool:
     "Say whether there are own numbers and they are a toy's."
     return is_toy(run) and bool(run.settings.ablation.students)
 
-# %% ../nbs/lib/15d_ablations.ipynb #2d745537
+# %% ../nbs/lib/15d_ablations.ipynb #a1ed9d3a
 def _cells(run: Run, name: str, row, ends: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
     "Write one student's row after its label."
     text = [number(ends.at[name, k], 3) if name in ends.index else "missing" for k in ("mlm_loss", "kl")]
@@ -192,8 +192,9 @@ def ablation_notes(
     "Say what the ablation's numbers rest on."
     ask, source = run.settings.ablation, published("ablation_delta_macro").label.iloc[0]
     tasks, seeds = ", ".join(TASKS[t] for t in ask.tasks), len(ask.seeds)
+    cell = "one seed" if seeds == 1 else f"the median of {seeds} seeds"
     own = [
-        f"Macro: plain mean over {tasks} of the median of {seeds} seeds, x100; deltas in points. Below it the 95 % percentile interval of "
+        f"Macro: plain mean over {tasks} of {cell}, x100; deltas in points. Below it the 95 % percentile interval of "
         "1000 resamples of examples, the same for all students, and of seeds; p Holm-adjusted over all deltas.",
         *["One seed: the intervals cover the chance of examples only."] * (seeds == 1),
         "Each student was distilled once: no interval covers the chance of another distillation.",
@@ -237,7 +238,7 @@ def ablation_findings(
         out.append(f"Of {len(pairs)} published deltas {len(same)} are told apart from 0 here, with the same sign.")
     return Findings([*out, budget(run), *what_is_missing(run)])
 
-# %% ../nbs/lib/15d_ablations.ipynb #3db619dd
+# %% ../nbs/lib/15d_ablations.ipynb #2198af53
 def ablation_figure(
     run: Run,
 ) -> Figure:
@@ -252,8 +253,8 @@ def ablation_figure(
         ax.plot(100 * who.delta, at, "o", color=COLOURS["student"], label="this run, 95 % interval")
     ax.plot(who.published, at, "D", mfc="none", mec=GREY, ms=7, label="published")
     ax.set_yticks(at, [variant_name(r) for _, r in who.iterrows()])
-    whose = " (toy language)" * _is_toy(run) if who.delta.notna().any() else "\npublished alone: this run has no finished ablation"
-    ax.set(xlabel=f"macro score minus {REFERENCE}, points", title="What each part is worth" + whose)
+    origin = " (toy language)" * _is_toy(run) if who.delta.notna().any() else "\npublished alone: this run has no finished ablation"
+    ax.set(xlabel=f"macro score minus {REFERENCE}, points", title="What each part is worth" + origin)
     ax.grid(axis="x")
     ax.margins(x=0.08)
     ax.set_ylim(-0.6, len(who) - 0.4)

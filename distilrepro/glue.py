@@ -9,7 +9,7 @@ __all__ = ['COMPARED', 'SHOWN', 'REFUSED', 'TESTS', 'ORIGIN', 'RULE', 'refused_t
            'training_part', 'how_to_read', 'final_and_best', 'selection_table', 'retention_table', 'published_pairs',
            'differences', 'verdict_cells', 'difference_table', 'second_table', 'macro_difference', 'glue_findings']
 
-# %% ../nbs/lib/15a_glue.ipynb #6c074700
+# %% ../nbs/lib/15a_glue.ipynb #6da4ea73
 import numpy as np
 import pandas as pd
 
@@ -18,8 +18,8 @@ from .config import finetune_for, seeds_for
 from .records import Run, read_records
 from .stats import TaskResult, interval, retention, seed_bound
 from .tables import (
-    GLUE, METRIC, MODELS, OFFICIAL, SOURCES, TASKS, TRAINED, Findings, Table, column_name, command, is_toy, lacking, number,
-    percent, published, reference, results, with_interval)
+    GLUE, METRIC, MODELS, OFFICIAL, SOURCES, TASKS, TRAINING, Findings, Table, column_name, command, is_toy, lacking, number,
+    percent, published, reference, results, span, with_interval)
 from .verdicts import failed_runs, retains
 
 # %% ../nbs/lib/15a_glue.ipynb #84b2b49d
@@ -95,15 +95,15 @@ def retained(
     "Compute what a student keeps of the teacher over some tasks."
     return kept_by([results(run)[t] for t in tasks], model)
 
-# %% ../nbs/lib/15a_glue.ipynb #fb9e18bc
+# %% ../nbs/lib/15a_glue.ipynb #edb7575c
 def own_label(
     run: Run,
     model: str,
     tasks: tuple[str, ...] = SHOWN,
 ) -> str:  # name, seeds and badge, one a line
     "Name a model's row with the number of seeds it rests on."
-    seeds = sorted({len(r.scores[model]) for t, r in results(run).items() if t in tasks and model in r.scores})
-    text = "no seeds" if not seeds else f"median of {'–'.join(str(s) for s in dict.fromkeys([seeds[0], seeds[-1]]))} seeds"
+    seeds = span([len(r.scores[model]) for t, r in results(run).items() if t in tasks and model in r.scores])
+    text = {"no": "no seeds", "1": "one seed"}.get(seeds, f"median of {seeds} seeds")
     return f"{MODELS[model]}\n{text}" + (", toy" if is_toy(run) else "")
 
 
@@ -181,7 +181,7 @@ def published_block(
         rows.append([f"{row.model}\n{row.label}{note}", number(row.score), *map(number, means), *(number(cells[t]) for t in SHOWN)])
     return "Published, real GLUE dev sets and IMDb test (rows of different sources are kept apart)", rows
 
-# %% ../nbs/lib/15a_glue.ipynb #c3d451b4
+# %% ../nbs/lib/15a_glue.ipynb #3d32c277
 def failed_cells(
     run: Run,
     tasks: tuple[str, ...] = SHOWN,
@@ -214,7 +214,8 @@ def findings_about_data(
     few = min((len(r.scores[m]) for r in found.values() for m in COMPARED if m in r.scores), default=0)
     if 0 < few < 6:
         most = number(seed_bound(few), 0, 100)
-        out.append(f"With {few} seeds an interval covers at most {most} % of cases where seeds are the main source of chance.")
+        plural = "s" * (few > 1)
+        out.append(f"With {few} seed{plural} an interval covers at most {most} % of cases where seeds are the main source of chance.")
     return out
 
 # %% ../nbs/lib/15a_glue.ipynb #542d839b
@@ -249,7 +250,7 @@ def glue_table(
     blocks = [own_block(run), published_block(tasks)]
     return Table("Table 1: teacher and student on GLUE and IMDb", columns, blocks, notes, score_rows(run), is_toy(run))
 
-# %% ../nbs/lib/15a_glue.ipynb #4ec42876
+# %% ../nbs/lib/15a_glue.ipynb #b166a095
 ORIGIN = dict(synthetic="synthetic look-alike, toy", local="local files", hub="the hub")
 RULE = dict(final="weights at the end of training", best="best epoch on the same split")
 
@@ -271,7 +272,7 @@ def training_part(
     most: int,  # training examples asked for; 0: all that the data hold
 ) -> str:  # such as `, at most 3000 of 87599 training examples`; empty where nothing was cut
     "Say how much of the official training split a task may have used."
-    whole = "" if is_toy(run) or task not in TRAINED else f" of {TRAINED[task]}"
+    whole = "" if is_toy(run) or task not in TRAINING else f" of {TRAINING[task]}"
     return f", at most {most}{whole} training examples" if most else ""
 
 # %% ../nbs/lib/15a_glue.ipynb #ef5477b4

@@ -6,7 +6,7 @@
 __all__ = ['PAGE_STYLE', 'EXPECTED', 'Section', 'show_output', 'read_section', 'read_sections', 'summary', 'summary_markdown',
            'provenance_html', 'lead_html', 'write_report']
 
-# %% ../nbs/lib/15z_report.ipynb #c5eb5478
+# %% ../nbs/lib/15z_report.ipynb #e483647b
 import base64
 import html
 import json
@@ -20,7 +20,7 @@ import yaml
 from .config import UserError
 from .glue import macro, retained, shared_tasks
 from .records import Run, read_records, write_atomic
-from .tables import TOY, command, is_toy, number, percent, speed_values
+from .tables import TOY, command, is_toy, number, percent, results, span, speed_values
 
 # %% ../nbs/lib/15z_report.ipynb #dd9d12a4
 PAGE_STYLE = (
@@ -109,12 +109,13 @@ def read_sections(
         raise UserError(f"run {run.name} has no executed notebook to report on; run {command(run)}")
     return [read_section(paths[n]) for n in names]
 
-# %% ../nbs/lib/15z_report.ipynb #a0e38bcb
+# %% ../nbs/lib/15z_report.ipynb #b73afcf0
 def summary(
     run: Run,
 ) -> dict[str, str]:  # run, preset, tasks, seeds, teacher, student, retained, size, speed; texts
     "Write a run in one row, as the README and the top of the report show it."
     tasks = shared_tasks(run)
+    seeds = span([len(results(run)[t].scores[m]) for t in tasks for m in ("teacher", "student")])
     kept = retained(run, tasks)
     speed = speed_values(run, run.settings.speed.tasks[0]) if not read_records(run, "speed*").empty else pd.DataFrame()
 
@@ -125,8 +126,9 @@ def summary(
         return number(((t / s) if flip else (s / t)).median(), 2) + "x"
     return {
         "run": run.name + (" (toy)" if is_toy(run) else ""), "preset": f"{run.settings.preset}, {run.settings.scale}",
-        "GLUE tasks": str(len(tasks)), "seeds": str(len(run.settings.grid.seeds)), "teacher": percent(macro(run, "teacher", tasks)),
-        "student": percent(macro(run, "student", tasks)), "retained": percent(kept["ratio_of_means"]) if kept else "–",
+        "GLUE tasks": str(len(tasks)), "seeds": seeds,
+        "teacher": percent(macro(run, "teacher", tasks)), "student": percent(macro(run, "student", tasks)),
+        "retained": percent(kept["ratio_of_means"]) if kept else "–",
         "mean of ratios": percent(kept["mean_of_ratios"]) if kept else "–",
         "parameters": ratio("parameters"), "speed": ratio("pass_s", flip=True),
     }
@@ -158,7 +160,7 @@ def provenance_html(
     text = html.escape(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
     return f"<dl>{listed}</dl><details><summary>all settings</summary><pre>{text}</pre></details>"
 
-# %% ../nbs/lib/15z_report.ipynb #fcb7a5c1
+# %% ../nbs/lib/15z_report.ipynb #eaf8139f
 def lead_html(
     run: Run,
 ) -> str:
@@ -168,8 +170,8 @@ def lead_html(
     parts = []
     if row["retained"] != "–":
         parts.append(
-            f"Over {row['GLUE tasks']} GLUE tasks and {row['seeds']} seeds the student keeps {row['retained']} of its teacher's macro "
-            f"score ({row['mean of ratios']} as mean of per-task ratios)."
+            f"Over {row['GLUE tasks']} GLUE tasks (seeds of each: {row['seeds']}) the student keeps {row['retained']} of its teacher's "
+            f"macro score ({row['mean of ratios']} as mean of per-task ratios)."
         )
     if "–" not in (row["parameters"], row["speed"]):
         parts.append(f"It has {row['parameters']} the parameters and {row['speed']} the speed of its teacher.")

@@ -1,6 +1,5 @@
 """Statistics against independent references: scikit-learn and SciPy on resamples written out, closed forms, hand cases."""
 import json
-import time
 
 import numpy as np
 import pandas as pd
@@ -123,12 +122,13 @@ def test_median_over_resampled_seeds_by_hand():
     assert set(drawn) == {0.0, 1.0} and drawn.mean() == pytest.approx(7 / 27, abs=0.01)
 
 
-def test_full_size_takes_seconds():
-    rng, start = np.random.default_rng(4), time.perf_counter()
+def test_interval_of_a_full_test_set_is_the_binomial_one():
+    rng = np.random.default_rng(4)
     label = rng.integers(0, 2, 25000)
-    models = {m: np.stack([np.where(rng.random(25000) < 0.9, label, 0) for _ in range(3)]) for m in ("student", "teacher")}
-    low, high = interval(two_way_bootstrap(accuracy, label, models)["student"])
-    assert high - low < 0.02 and time.perf_counter() - start < 10
+    guess = np.where(rng.random(25000) < 0.9, label, 1 - label)
+    low, high = interval(two_way_bootstrap(accuracy, label, dict(student=guess[None]))["student"])
+    right = (guess == label).mean()
+    assert high - low == pytest.approx(2 * 1.96 * (right * (1 - right) / 25000) ** 0.5, rel=0.15)
 
 
 def test_retention_by_hand_and_along_axes():
@@ -220,15 +220,6 @@ def test_chunks_add_up(rows, width):
 def test_pearson_is_zero_for_a_resample_that_drew_a_constant():
     x, y = np.array([0.1, 0.1, 0.9, 4.0]), np.array([1.0, 2.0, 3.0, 5.0])
     assert pearson(x, y, np.array([[2.0, 2, 0, 0], [0, 0, 0, 4], [1, 1, 1, 1]])).tolist()[:2] == [0, 0]
-
-
-def test_a_large_grid_is_fast():
-    rng, start = np.random.default_rng(8), time.process_time()
-    for task in ("cola", "sst2", "mrpc", "qnli"):
-        label = rng.integers(0, 2, 2000)
-        models = {m: np.stack([np.where(rng.random(2000) < 0.8, label, 1 - label) for _ in range(3)]) for m in "abcdefgh"}
-        two_way_bootstrap(headline(task), label, models)
-    assert time.process_time() - start < 6
 
 
 # from a run folder

@@ -109,9 +109,9 @@ def test_a_second_call_does_nothing(story):
     def state():
         parts = ("records", "notebooks", "checkpoints", "predictions")
         return {str(p): p.stat().st_mtime_ns for part in parts for p in (folder / part).rglob("*") if p.is_file()}
-    before, began = state(), time.perf_counter()
+    before = state()
     end(reproduce(folder))
-    assert state() == before and time.perf_counter() - began < 40
+    assert state() == before
 
 
 def test_papermill_by_hand_works_and_a_misspelt_parameter_is_named(story, tmp_path):
