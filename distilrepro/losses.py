@@ -99,31 +99,45 @@ def vocab_terms(
     s_logits, t_logits = F.linear(s_rows_nd, *s_decoder), F.linear(t_rows_nd, *t_decoder)
     return soft_ce(s_logits, t_logits, temperature), mlm_ce(s_logits, labels_n)
 
-# %% ../nbs/lib/08_losses.ipynb #076aef29
-PIECE = 512  # rows of one matrix product
-BLOCK = 32  # rows of one softmax: 4 MB at 30,522 words stay in cache; large fresh tensors would cost page faults
+# %% ../nbs/lib/08_losses.ipynb #3689a440
+PIECE = 256  # rows of one matrix product
+BLOCK = 16  # rows of one softmax: 2 MB at 30,522 words stay in cache; large fresh tensors would cost page faults
 
 
-def _block_grad(
-    s_nv: torch.Tensor,  # student logits of a few rows; overwritten
-    t_nv: torch.Tensor,  # teacher logits; overwritten
+def _finish(
+    x_nv: torch.Tensor,  # student logits of a few rows, divided by T; overwritten with the gradient by the undivided ones
+    y_nv: torch.Tensor,  # teacher logits, divided by T
     labels_n: torch.Tensor,
     T: float,  # temperature
     a: float,  # weight of the KL sum
     b: float,  # weight of the cross-entropy sum
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gradient by the student logits; the sums of both terms
-    "Finish a few rows."
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gradient by the bias; the sums of both terms
+    "Finish a few rows: two exponentials a logit, besides those of the masked rows."
+    least = torch.promote_types(x_nv.dtype, torch.float32)
+    x, y = x_nv.to(least), y_nv.to(least)
+    q, p = x.softmax(-1), y.softmax(-1)
+    x_lse, y_lse = (z.amax(-1) - s.amax(-1).log() for z, s in ((x, q), (y, p)))  # of the row, read off its largest entry
+    kl = (torch.linalg.vecdot(p, y - x) + x_lse - y_lse).sum() * T**2
     hit = (labels_n != IGNORE).nonzero().flatten()  # the masked rows: about one in seven
-    log_q1, target = F.log_softmax(s_nv[hit], dim=-1), labels_n[hit]
-    ce = -log_q1.gather(1, target[:, None]).sum()
+    log_q1, at = (x[hit] * T).log_softmax(-1), (torch.arange(len(hit), device=x.device), labels_n[hit])
+    ce = -log_q1[at].sum()
     grad1 = log_q1.exp_()
-    grad1[torch.arange(len(hit), device=target.device), target] -= 1
-    log_q, log_p = F.log_softmax(s_nv.div_(T), dim=-1), F.log_softmax(t_nv.div_(T), dim=-1)
-    p = torch.exp(log_p, out=t_nv)
-    kl = torch.dot(p.flatten(), log_p.sub_(log_q).flatten()) * T**2
-    return log_q.exp_().sub_(p).mul_(a * T).index_add_(0, hit, grad1, alpha=b), kl, ce
+    grad1[at] -= 1
+    x_nv.copy_(q.sub_(p).mul_(a * T).index_add_(0, hit, grad1, alpha=b))
+    return q.sum(0), kl, ce
 
-# %% ../nbs/lib/08_losses.ipynb #28b7f056
+# %% ../nbs/lib/08_losses.ipynb #05f11a67
+def _widened(
+    weight_vd: torch.Tensor,
+    bias_v: torch.Tensor,
+    kind: torch.dtype,
+    T: float,  # temperature
+) -> tuple[torch.Tensor, torch.Tensor]:  # weight and bias of a projection to logits divided by T, for rows divided by T
+    "Fill a projection up to a multiple of 16 words, in the type of the products."
+    extra = -len(bias_v) % 16
+    return F.pad(weight_vd.to(kind), (0, 0, 0, extra)), F.pad(bias_v / T, (0, extra), value=-1e4).to(kind)
+
+
 class _Pieces(torch.autograd.Function):
     "Both vocabulary terms, piece by piece; the gradients are computed on the way forward."
 
@@ -131,24 +145,24 @@ class _Pieces(torch.autograd.Function):
     def forward(ctx, s_nd, s_w, s_b, t_nd, t_w, t_b, labels_n, T, a, b):
         kind = s_nd.device.type  # under autocast the products run in its type; sums and softmax stay in the weights' type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else s_nd.dtype
-        s_lo, t_lo, s_rows, t_rows = s_w.to(low), t_w.to(low), s_nd.to(low), t_nd.to(low)
-        d_rows, d_w, d_b = torch.empty_like(s_rows), torch.zeros_like(s_w), torch.zeros_like(s_b)
-        s_buf, t_buf = (torch.empty(min(PIECE, len(s_nd)), len(s_w), dtype=low, device=s_nd.device) for _ in range(2))
+        (s_lo, s_c), (t_lo, t_c) = (_widened(w, c, low, T) for w, c in ((s_w, s_b), (t_w, t_b)))
+        s_rows, t_rows = ((x / T).to(low) for x in (s_nd, t_nd))
+        d_rows, d_w, d_b = torch.empty_like(s_rows), torch.zeros_like(s_lo, dtype=s_w.dtype), torch.zeros_like(s_c, dtype=s_b.dtype)
+        s_buf, t_buf = (torch.empty(min(PIECE, len(s_nd)), len(s_c), dtype=low, device=s_nd.device) for _ in range(2))
         kl = ce = torch.zeros((), dtype=s_w.dtype, device=s_nd.device)
         with torch.autocast(kind, enabled=False):
             for i in range(0, len(s_nd), PIECE):
                 rows, t_piece = s_rows[i : i + PIECE], t_rows[i : i + PIECE]
-                s_logits = torch.mm(rows, s_lo.T, out=s_buf[: len(rows)])
-                t_logits = torch.mm(t_piece, t_lo.T, out=t_buf[: len(rows)])
+                s_logits = torch.addmm(s_c, rows, s_lo.T, out=s_buf[: len(rows)])
+                t_logits = torch.addmm(t_c, t_piece, t_lo.T, out=t_buf[: len(rows)])
                 for j in range(0, len(rows), BLOCK):
                     k = slice(j, j + BLOCK)
-                    s_block, t_block = s_logits[k].to(s_w.dtype) + s_b, t_logits[k].to(s_w.dtype) + t_b
-                    grad, kl_k, ce_k = _block_grad(s_block, t_block, labels_n[i + j : i + j + BLOCK], T, a, b)
-                    kl, ce, d_b = kl + kl_k, ce + ce_k, d_b.add_(grad.sum(0))
-                    s_logits[k] = grad  # the logits are done with: their buffer takes the gradient
-                d_rows[i : i + PIECE] = s_logits @ s_lo
-                d_w += s_logits.T @ rows  # summed in the weights' own type
-        ctx.save_for_backward(d_rows.to(s_nd.dtype), d_w, d_b)
+                    d_b_k, kl_k, ce_k = _finish(s_logits[k], t_logits[k], labels_n[i + j : i + j + BLOCK], T, a, b)
+                    kl, ce, d_b = kl + kl_k, ce + ce_k, d_b.add_(d_b_k)
+                torch.mm(s_logits, s_lo, out=d_rows[i : i + PIECE])
+                d_w = d_w.addmm_(s_logits.T, rows) if low is d_w.dtype else d_w.add_(s_logits.T @ rows)  # summed in the weights' own type
+        words = len(s_w)
+        ctx.save_for_backward(d_rows.to(s_nd.dtype), d_w[:words].mul_(T), d_b[:words])  # rows were divided by T
         ctx.mark_non_differentiable(kl, ce)
         return a * kl + b * ce, kl, ce
 
