@@ -7,7 +7,7 @@ __all__ = ['planned_updates', 'lr_factor', 'micro_batches', 'stream_seed', 'save
            'one_update', 'adamw', 'threads', 'pick_device', 'fit', 'Meter', 'MaskedBatch', 'MaskedText', 'masked_text',
            'mlm_objective', 'distil_objective', 'evaluate_mlm']
 
-# %% ../nbs/lib/09_distill.ipynb #85e6d1a2
+# %% ../nbs/lib/09_distill.ipynb #18e86a3a
 import json
 import math
 import shutil
@@ -29,8 +29,9 @@ from transformers import PreTrainedTokenizerFast
 
 from .config import Loop, Loss, Mask, UserError
 from .corpus import TokenStore, collate, plan_epoch
-from .losses import IGNORE, Counts, count, decoder, head_rows, hidden_cosine, last_hidden, select_rows, soft_ce, triple_loss
+from .losses import IGNORE, Counts, count, decoder, head_rows, hidden_cosine, select_rows, soft_ce, triple_loss
 from .masking import mask_tokens, token_weights
+from .packing import hidden_rows
 from .records import atomic_folder
 
 # %% ../nbs/lib/09_distill.ipynb #085f22a6
@@ -340,17 +341,17 @@ def masked_text(
     weights = token_weights(store.counts(len(tokenizer)), mask, tokenizer.all_special_ids)
     return MaskedText(store, weights, mask, tokenizer.pad_token_id, tokenizer.mask_token_id, seed, pad_to)
 
-# %% ../nbs/lib/09_distill.ipynb #82e81d64
+# %% ../nbs/lib/09_distill.ipynb #c6ffbc16
 def mlm_objective(
     model: nn.Module,  # BERT or DistilBERT with MLM head
     text: MaskedText,
 ) -> Objective:
     "Masked language modelling alone; only masked rows meet the vocabulary."
     def loss(batch, counts):
-        hidden = last_hidden(model, batch.ids_bl, batch.attention_bl)
-        chosen = batch.labels_bl != IGNORE
+        labels = batch.labels_bl[batch.attention_bl.bool()]
+        hidden, chosen = hidden_rows(model, batch.ids_bl, batch.attention_bl), labels != IGNORE
         logits = F.linear(head_rows(model, select_rows(hidden, chosen)), *decoder(model)).float()
-        return F.cross_entropy(logits, batch.labels_bl[chosen], reduction="sum") / max(counts.masked, 1), {}
+        return F.cross_entropy(logits, labels[chosen], reduction="sum") / max(counts.masked, 1), {}
     return Objective(text.store.lengths, text, loss)
 
 # %% ../nbs/lib/09_distill.ipynb #43065800
@@ -387,17 +388,17 @@ def evaluate_mlm(
     n = {"mlm_loss": counts.masked, "mlm_accuracy": counts.masked, "kl": counts.tokens, "cosine": counts.tokens}
     return {name: value / max(n[name], 1) for name, value in sums.items()} | {"n": counts.masked}
 
-# %% ../nbs/lib/09_distill.ipynb #66d76316
+# %% ../nbs/lib/09_distill.ipynb #342b8b7d
 def _measure(model: nn.Module, teacher: nn.Module | None, b: MaskedBatch) -> dict[str, float]:
     "Sum the held-out measurements over a batch."
-    hidden = select_rows(last_hidden(model, b.ids_bl, b.attention_bl), b.attention_bl)
+    hidden = hidden_rows(model, b.ids_bl, b.attention_bl)
     labels = b.labels_bl[b.attention_bl.bool()]
     hit = labels != IGNORE
     logits = F.linear(head_rows(model, hidden[hit]), *decoder(model))
     nll = F.cross_entropy(logits, labels[hit], reduction="sum").item()
     out = {"mlm_loss": nll, "mlm_accuracy": (logits.argmax(-1) == labels[hit]).sum().item()}
     if teacher is not None:
-        t_hidden = select_rows(last_hidden(teacher, b.ids_bl, b.attention_bl), b.attention_bl)
+        t_hidden = hidden_rows(teacher, b.ids_bl, b.attention_bl)
         out["kl"], out["cosine"] = 0.0, len(hidden) - hidden_cosine(hidden, t_hidden).item()
         for s, t in zip(hidden.split(256), t_hidden.split(256), strict=True):
             s_logits, t_logits = (F.linear(head_rows(m, rows), *decoder(m)) for m, rows in ((model, s), (teacher, t)))
