@@ -121,7 +121,8 @@ def test_b02_as_it_was_run_padding_is_in_the_divergence(models):
         s, t = (m(inputs[0], attention_mask=inputs[1]).logits.flatten(0, 1) for m in models)
     got, sound = (terms(models, *inputs, positions=p)[1] for p in ("padded", "all"))
     assert got["ce"] == pytest.approx(soft_ce(s, t, 2.0).item() / (3 * 14), rel=1e-6), "a mean over all 42 positions, 21 of them padding"
-    assert abs(got["ce"] - sound["ce"]) > 1e-3 and [got[k] for k in ("mlm", "cos")] == pytest.approx([sound[k] for k in ("mlm", "cos")], abs=1e-12)
+    assert abs(got["ce"] - sound["ce"]) > 1e-3
+    assert [got[k] for k in ("mlm", "cos")] == pytest.approx([sound[k] for k in ("mlm", "cos")], abs=1e-12)
     wider = terms(models, *batch([9, 5, 7], 33), positions="padded", kl_mean_over="sequences")[1]["ce"]
     assert wider > 1.5 * terms(models, *inputs, positions="padded", kl_mean_over="sequences")[1]["ce"]
 
@@ -137,7 +138,7 @@ def test_b03_as_it_was_run_only_the_first_token_matters(models):
     loss.backward()
     watch.remove()
     touched = hidden["last"].grad.abs().sum(-1) > 0
-    assert touched.tolist() == [[True] + [False] * 5] * 2, "no gradient reaches any other token"
+    assert touched.tolist() == [[True] + [False] * 5 + [True] + [False] * 3], "no gradient reaches any other token of the row"
     with torch.no_grad():
         s, t = (m.base_model(input_ids=inputs[0], attention_mask=inputs[1]).last_hidden_state[:, 0] for m in (student, teacher))
     assert parts["cos"].item() == pytest.approx((1 - torch.cosine_similarity(s, t)).mean().item(), rel=1e-6)
