@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PACKED', 'attend_apart', 'hidden_rows']
 
-# %% ../nbs/lib/06a_packing.ipynb #a291c7e0
+# %% ../nbs/lib/06a_packing.ipynb #7c6435ec
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .config import UserError
 
 # %% ../nbs/lib/06a_packing.ipynb #8be64314
 def attend_apart(
@@ -37,18 +39,26 @@ PACKED = "packed"  # the name of the implementation
 AttentionInterface.register(PACKED, attend_apart)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
-# %% ../nbs/lib/06a_packing.ipynb #52c6f7d4
+# %% ../nbs/lib/06a_packing.ipynb #0b779a18
+def _packed(encoder: nn.Module) -> nn.Module:
+    "Switch an encoder's attention; one that ignores the switch would let all sequences of a row see each other."
+    if encoder.config._attn_implementation != PACKED:
+        encoder.set_attn_implementation(PACKED)
+    if encoder.config._attn_implementation != PACKED:
+        raise UserError(f"{type(encoder).__name__} has an attention of its own, so its sequences cannot be kept apart; use a stock encoder")
+    return encoder
+
+
 def hidden_rows(
     model: nn.Module,  # a BERT or a DistilBERT with any head
     ids_bl: torch.Tensor,  # int64, padding on the right
     attention_bl: torch.Tensor,  # 1 at real tokens
     padded: bool = False,  # rows of padding too (B2)
 ) -> torch.Tensor:  # [n, width]: last hidden states, in the order of `ids_bl[attention_bl.bool()]`, or of all positions
-    "Run an encoder on the real tokens of a batch alone; segment ids stay at their default, zero, as in the original."
-    if model.config._attn_implementation != PACKED:
-        model.set_attn_implementation(PACKED)
+    "Run an encoder on the real tokens of a batch alone, segment ids zero as in the original; raises `UserError` where it cannot."
+    encoder = _packed(model.base_model)
     keep_bl = torch.ones_like(attention_bl, dtype=torch.bool) if padded else attention_bl.bool()
     places_bl = torch.arange(ids_bl.shape[1], device=ids_bl.device).expand_as(ids_bl)
     widths, lengths = keep_bl.sum(1).tolist(), attention_bl.sum(1).tolist()
     row = dict(input_ids=ids_bl[keep_bl][None], position_ids=places_bl[keep_bl][None])
-    return model.base_model(**row, widths=widths, lengths=lengths).last_hidden_state[0]
+    return encoder(**row, widths=widths, lengths=lengths).last_hidden_state[0]
