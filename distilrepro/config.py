@@ -140,7 +140,7 @@ class Student(Section):
     architecture: Literal["distilbert", "bert"] = "distilbert"  # `bert` keeps the token types, as TinyDistilBERT did
     seed: int = 56
 
-# %% ../nbs/lib/01_config.ipynb #c7efa0bd
+# %% ../nbs/lib/01_config.ipynb #35e7341d
 class Loss(Section):
     "The triple loss."
     temperature: Positive = 2.0
@@ -150,6 +150,7 @@ class Loss(Section):
     positions: Literal["all", "masked", "padded"] = "all"  # where the KL is taken; `padded` counts padding too (B2)
     kl_mean_over: Literal["tokens", "sequences"] = "tokens"  # `sequences`: too large by the length (B1)
     cos_tokens: Literal["all", "cls"] = "all"  # `cls`: only the first token is aligned (B3)
+    compile: bool = False  # the vocabulary terms' kernel: some 10 s once in a process, then steps a few percent faster
 
     @model_validator(mode="after")
     def _not_empty(self):

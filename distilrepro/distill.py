@@ -7,7 +7,7 @@ __all__ = ['planned_updates', 'lr_factor', 'micro_batches', 'stream_seed', 'save
            'one_update', 'adamw', 'threads', 'pick_device', 'fit', 'Meter', 'MaskedBatch', 'MaskedText', 'masked_text',
            'mlm_objective', 'distil_objective', 'evaluate_mlm']
 
-# %% ../nbs/lib/09_distill.ipynb #18e86a3a
+# %% ../nbs/lib/09_distill.ipynb #e7f4b335
 import json
 import math
 import shutil
@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerFast
 
 from .config import Loop, Loss, Mask, UserError
 from .corpus import TokenStore, collate, plan_epoch
-from .losses import IGNORE, Counts, count, decoder, head_rows, hidden_cosine, select_rows, soft_ce, triple_loss
+from .fused import IGNORE
+from .losses import Counts, count, decoder, head_rows, hidden_cosine, select_rows, soft_ce, triple_loss
 from .masking import mask_tokens, token_weights
 from .packing import hidden_rows
 from .records import atomic_folder

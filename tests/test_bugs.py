@@ -26,7 +26,8 @@ from distilrepro.finetune import (
     task_objective,
     tune,
 )
-from distilrepro.losses import IGNORE, count, soft_ce, triple_loss, vocab_loss
+from distilrepro.fused import IGNORE, vocab_loss
+from distilrepro.losses import count, soft_ce, triple_loss
 from distilrepro.records import Record
 from distilrepro.student import build_student, layer_map
 from distilrepro.tasks import TASKS, GlueMetric, get_task

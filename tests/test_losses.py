@@ -1,5 +1,9 @@
 "The vocabulary terms in pieces against whole matrices, loops and finite differences."
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM
 
-from distilrepro import losses
+from distilrepro import fused
 from distilrepro.config import Loss, UserError
-from distilrepro.losses import IGNORE, Counts, count, triple_loss, vocab_loss, vocab_terms
+from distilrepro.fused import BLOCK, IGNORE, PIECE, vocab_loss
+from distilrepro.losses import Counts, count, hidden_cosine, triple_loss, vocab_terms
 from distilrepro.student import build_student
+
+ROWS = BLOCK["cpu"]
 
 
 def case(n, d=5, vocab=11, masked=0.3, seed=0, dtype=torch.float64, spread=1.0):
@@ -45,8 +52,8 @@ def pieces(teacher, labels, T, a, b):
 def test_pieces_equal_whole_matrices(n, blocks, block, masked, T, weights, seed):
     tensors, teacher, labels = case(n, masked=masked, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "PIECE", blocks * block)
-        patch.setattr(losses, "BLOCK", block)
+        patch.setattr(fused, "PIECE", dict(cpu=blocks * block))
+        patch.setattr(fused, "BLOCK", dict(cpu=block))
         value, grads = gradients(pieces(teacher, labels, T, *weights), tensors, upstream=3.7)
         _, kl, ce = vocab_loss(tensors[0], tuple(tensors[1:]), *teacher, labels, T, *weights)
     want, want_grads = gradients(whole(teacher, labels, T, *weights), tensors, upstream=3.7)
@@ -57,7 +64,7 @@ def test_pieces_equal_whole_matrices(n, blocks, block, masked, T, weights, seed)
     assert not kl.requires_grad and not ce.requires_grad
 
 
-@pytest.mark.parametrize("n", [1, losses.BLOCK - 1, losses.BLOCK, losses.PIECE - 1, losses.PIECE, losses.PIECE + 1, 2 * losses.PIECE + 33])
+@pytest.mark.parametrize("n", [1, ROWS - 1, ROWS, *(PIECE["cpu"] + n for n in (-1, 0, 1, PIECE["cpu"] + 33))])
 def test_pieces_of_the_real_size_equal_whole_matrices(n):
     tensors, teacher, labels = case(n, vocab=7, dtype=torch.float32)
     got, want = (gradients(f(teacher, labels, 2.0, 5 / n, 2 / n), tensors) for f in (pieces, whole))
@@ -94,6 +101,32 @@ def test_bfloat16_gradients_point_the_same_way():
     for got, want in zip(low, exact, strict=True):
         assert got.dtype == torch.float32
         assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) >= 0.999
+
+
+COMPILED = """
+import torch
+from distilrepro.fused import IGNORE, vocab_loss
+torch.manual_seed(0)
+rows, weight, bias = torch.randn(37, 8), torch.randn(101, 8), torch.randn(101)
+other = torch.randn(37, 8), (torch.randn(101, 8), torch.randn(101)), torch.full((37,), IGNORE).index_fill(0, torch.tensor([3, 30]), 7)
+out = []
+for compiled in (False, True):
+    leaves = [x.clone().requires_grad_() for x in (rows, weight, bias)]
+    loss, *sums = vocab_loss(leaves[0], leaves[1:], *other, 2.0, 0.3, 0.7, compiled)
+    loss.backward()
+    out.append([loss.detach(), *sums, *(x.grad for x in leaves)])
+torch.testing.assert_close(*out)
+"""
+
+
+@pytest.mark.parametrize("compiler", [None, "/no/such/compiler"])
+def test_compiled_kernel_or_none_the_result_is_the_same(compiler, tmp_path):
+    "Two blocks of 16 rows and a rest of 5; in a process of its own, since what is compiled stays."
+    if compiler is None and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler on this machine")
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | ({"CXX": compiler} if compiler else {})
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, check=True)
+    assert ("WON'T CONVERT" in done.stderr) == bool(compiler)
 
 
 def test_large_logits_stay_finite():
@@ -162,4 +195,4 @@ def test_vocabularies_and_widths_that_differ_are_named():
     with pytest.raises(UserError, match="11 and 10 words"):
         vocab_loss(tensors[0], tuple(tensors[1:]), teacher[0], (teacher[1][0][:10], teacher[1][1][:10]), labels, 2.0, 1.0, 1.0)
     with pytest.raises(UserError, match="w_cos=0"):
-        losses.hidden_cosine(torch.ones(3, 4), torch.ones(3, 5))
+        hidden_cosine(torch.ones(3, 4), torch.ones(3, 5))

@@ -7,7 +7,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, Bert
 
 from distilrepro.config import Data, Student, Teacher, UserError, load_settings
 from distilrepro.corpus import load_tokenizer
-from distilrepro.losses import vocab_loss
+from distilrepro.fused import vocab_loss
 from distilrepro.student import build_student, layer_map, load_teacher, model_folder, new_teacher, prove_copies, student_from
 
 
