@@ -84,7 +84,8 @@ class Racer:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, kind, work, steps), daemon=True)
-        with environment(OMP_NUM_THREADS=str(work.threads), TOKENIZERS_PARALLELISM="false", **ALLOCATORS[allocator]):
+        fixed = dict(OMP_NUM_THREADS=str(work.threads), TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+        with environment(**fixed, **ALLOCATORS[allocator]):
             self.process.start()
         theirs.close()  # ours of the child's end: when the child dies, reading must fail
 

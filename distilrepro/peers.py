@@ -426,7 +426,7 @@ class TextBrewer(PlainTrainer):
 
     def _student_says(self, batch: dict, out) -> dict:
         "Tell the library what the student's outputs are; the last loss is kept."
-        self.last = out.loss
+        self.last = out.loss.detach()
         return self._teacher_says(batch, out) | dict(losses=out.loss)
 
     def _train(self, batches: Iterator) -> None:
