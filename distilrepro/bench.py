@@ -6,12 +6,12 @@
 __all__ = ['ALLOCATORS', 'UNITS', 'BARS', 'SETTING_COLOURS', 'gemm_rate', 'no_bf16', 'environment', 'Racer', 'race', 'entries',
            'size_of', 'setting_name', 'as_records', 'ratio_table', 'measured', 'bar_table', 'race_figure']
 
-# %% ../nbs/lib/13d_bench.ipynb #a662466e
+# %% ../nbs/lib/13d_bench.ipynb #2de1a24e
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 
 import matplotlib.pyplot as plt
@@ -24,7 +24,7 @@ from .config import UserError, unknown
 from .distill import threads as pinned_threads
 from .peers import CONTENDERS, Contender, Work, serve
 
-# %% ../nbs/lib/13d_bench.ipynb #6370647d
+# %% ../nbs/lib/13d_bench.ipynb #2f3cc199
 def gemm_rate(
     bf16: bool,
     threads: int,
@@ -41,20 +41,20 @@ def gemm_rate(
             seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds) / 1e9
 
-
+# %% ../nbs/lib/13d_bench.ipynb #1da2e399
 def no_bf16() -> str:  # the reason; empty where there is none
     "Say why bfloat16 is not measured here: emulated, a product takes a hundred times as long."
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return ""
     return "this processor multiplies no bfloat16 matrices in hardware (neither AVX-512 BF16 nor AMX)"
 
-# %% ../nbs/lib/13d_bench.ipynb #34e4da48
+# %% ../nbs/lib/13d_bench.ipynb #2d3aebff
 ALLOCATORS = {
     "default": {},
     "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26), "MALLOC_ARENA_MAX": "1"},
 }
 
-
+# %% ../nbs/lib/13d_bench.ipynb #8a463e83
 @contextmanager
 def environment(
     **values: str,
@@ -68,7 +68,7 @@ def environment(
         for k, v in before.items():
             os.environ.pop(k) if v is None else os.environ.update({k: v})
 
-# %% ../nbs/lib/13d_bench.ipynb #c6519150
+# %% ../nbs/lib/13d_bench.ipynb #2b6a6dd4
 class Racer:
     "A contender in a process of its own, as the coordinator sees it."
 
@@ -104,10 +104,8 @@ class Racer:
 
     def ask(self) -> dict:
         "Give the turn and wait for what comes of it."
-        try:
+        with suppress(BrokenPipeError):  # `hear` says what happened
             self.pipe.send("go")
-        except BrokenPipeError:
-            pass  # `hear` says what happened
         return self.hear()
 
     def close(self) -> None:
@@ -116,7 +114,7 @@ class Racer:
         self.process.join()
         self.pipe.close()
 
-# %% ../nbs/lib/13d_bench.ipynb #9555c6ab
+# %% ../nbs/lib/13d_bench.ipynb #cd2567f7
 def race(
     contenders: dict[str, tuple[type[Contender], Work]],  # by the name that records carry; all of one thread count
     steps: int,  # counted turns of each
@@ -145,12 +143,12 @@ def race(
             r.close()
     return _counted(racers), _sums(racers, ends, pd.DataFrame(rates))
 
-
+# %% ../nbs/lib/13d_bench.ipynb #9947fe1b
 def _counted(racers: list[Racer]) -> pd.DataFrame:
     "Gather the turns without the warm-up."
     return pd.DataFrame([dict(model=r.name, turn=i) | t for r in racers for i, t in enumerate(r.turns) if i])
 
-
+# %% ../nbs/lib/13d_bench.ipynb #40430b3a
 def _sums(racers: list[Racer], ends: list[dict], rates: pd.DataFrame) -> pd.DataFrame:
     "Sum over each contender's turns, after checking its number of updates."
     rows = []
@@ -163,7 +161,7 @@ def _sums(racers: list[Racer], ends: list[dict], rates: pd.DataFrame) -> pd.Data
         rows.append(row | end | dict(gemm_gflops=gemm, gemm_gflops_low=low))
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/13d_bench.ipynb #2098c061
+# %% ../nbs/lib/13d_bench.ipynb #a9752e87
 def entries(
     names: list[str],  # of `CONTENDERS`, such as `ours` or `ours-bf16`
     work: Work,
@@ -182,7 +180,7 @@ def entries(
             found[name] = CONTENDERS[base], Work(**vars(work) | dict(bf16=bool(kind)))
     return found, left_out
 
-
+# %% ../nbs/lib/13d_bench.ipynb #9e07bd41
 def size_of(
     text: str,  # such as `12x256x32`: layers of the teacher, width, sequences in a step
     **more,  # other fields of `Work`
@@ -194,11 +192,11 @@ def size_of(
         raise UserError(f"size {text!r} is not of the form layers x width x sequences, for example 12x256x32") from None
     return Work(layers=layers, width=width, heads=max(1, width // 64), batch=batch, **more)
 
-# %% ../nbs/lib/13d_bench.ipynb #4d952a4a
+# %% ../nbs/lib/13d_bench.ipynb #84fe0919
 UNITS = dict(step_s="s", loss="nats", tokens_per_s="tokens/s", limit_share="fraction", peak_rss_mb="MB", gemm_gflops="GFLOP/s",
              gemm_gflops_low="GFLOP/s")
 
-
+# %% ../nbs/lib/13d_bench.ipynb #8f855ac9
 def setting_name(
     threads: int,
     allocator: str,
@@ -206,7 +204,7 @@ def setting_name(
     "Name the setting of a race."
     return f"{threads} thread{'s' * (threads > 1)}, {allocator} allocator"
 
-
+# %% ../nbs/lib/13d_bench.ipynb #360232dd
 def as_records(
     turns: pd.DataFrame,  # of `race`
     sums: pd.DataFrame,
@@ -238,7 +236,7 @@ def ratio_table(
         out[f"vs_{other}"] = out.tokens_per_s / theirs.reindex(out.index.droplevel("model")).to_numpy()
     return out[["tokens_per_s", "low", "high", "vs_original", "vs_trainer", "limit_share", "peak_rss_mb"]]
 
-# %% ../nbs/lib/13d_bench.ipynb #c509f0d7
+# %% ../nbs/lib/13d_bench.ipynb #82ed1363
 BARS = {  # size: (contender, against, at least); `limit` is the share, `memory` at most
     "12x256": (("ours-bf16", "original", 4.0), ("ours-bf16", "trainer", 6.0), ("ours", "original", 2.3), ("ours", "trainer", 3.5),
                ("ours-bf16", "textbrewer", 5.0), ("ours-bf16", "torchdistill", 5.0), ("ours", "limit", 0.75), ("ours-bf16", "limit", 0.57),
@@ -248,7 +246,7 @@ BARS = {  # size: (contender, against, at least); `limit` is the share, `memory`
                ("ours", "memory", 1.0)),
 }
 
-
+# %% ../nbs/lib/13d_bench.ipynb #9f2266ad
 def measured(
     race_table: pd.DataFrame,  # of one race: index model, columns of `ratio_table`
     who: str,
@@ -265,7 +263,7 @@ def measured(
         return float(t.peak_rss_mb[who] / min(t.peak_rss_mb[p] for p in peers))
     return float(t.tokens_per_s[who] / t.tokens_per_s[against])
 
-
+# %% ../nbs/lib/13d_bench.ipynb #09e39b9f
 def bar_table(
     records: pd.DataFrame,  # of stage `bench`
     split: str,  # the setting, as `setting_name` writes it
@@ -281,10 +279,10 @@ def bar_table(
             rows.append(dict(size=size, contender=who, against=against, bar=bar, measured=value, verdict=verdict))
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/13d_bench.ipynb #ac8c6d00
+# %% ../nbs/lib/13d_bench.ipynb #652ca951
 SETTING_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc")
 
-
+# %% ../nbs/lib/13d_bench.ipynb #411fdb01
 def race_figure(
     records: pd.DataFrame,  # of stage `bench`
 ) -> Figure:
