@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'LOOP', 'CONTENDERS', 'Work', 'draw_lengths', 'make_store', 'make_tokenizer', 'make_models', 'work_flops',
-           'deal', 'Contender', 'Ours', 'original_masks', 'original_loss', 'Original', 'Turns', 'plain_loss',
-           'PlainTrainer', 'optional', 'without_vision', 'TextBrewer', 'TorchDistill', 'serve']
+           'deal', 'Contender', 'Ours', 'PublicLoop', 'original_masks', 'original_loss', 'Original', 'exactness',
+           'Turns', 'plain_loss', 'PlainTrainer', 'optional', 'without_vision', 'TextBrewer', 'TorchDistill',
+           'peak_rss_mb', 'serve']
 
-# %% ../nbs/lib/13c_peers.ipynb #29f1b6fb
+# %% ../nbs/lib/13c_peers.ipynb #5d0acba2
 import math
-import resource
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,7 +35,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from .config import Loop, Loss, Mask, Teacher, UserError
 from .corpus import TokenStore, collate, hash_content, plan_epoch, write_tokens
-from .distill import _step, adamw, distil_objective, masked_text, one_update, pick_device
+from .distill import Objective, _step, adamw, distil_objective, fit, masked_text, one_update, pick_device
 from .losses import IGNORE
 from .masking import token_weights
 from .records import write_atomic
@@ -135,10 +137,11 @@ def deal(
     even = [plan[int((i + 0.5) * len(plan) / steps)] for i in range(steps)]
     return [middle, *(even[i] for i in np.random.default_rng(work.seed).permutation(steps))]
 
-# %% ../nbs/lib/13c_peers.ipynb #a5c31fc8
+# %% ../nbs/lib/13c_peers.ipynb #719cf3bb
 class Contender:
     "A way to make distillation steps."
     grouped = False  # does it batch sequences of like length?
+    clock: float | None = None  # seconds of its last step by a clock of its own; None: the benchmark's clock counts
 
     def __init__(
         self,
@@ -190,6 +193,32 @@ class Ours(Contender):
         values, _ = one_update(self.objective, self.loop, done, 0, [examples], pick_device())
         _step(self.student, self.optimizer, self.loop, self.loop.lr, done)
         return values["loss"]
+
+# %% ../nbs/lib/13c_peers.ipynb #db4cf7e0
+class PublicLoop(Ours):
+    "`fit` as `distilrepro distil` runs it, timed by its own log."
+
+    def __init__(
+        self,
+        work: Work,
+        folder: Path,
+    ):
+        super().__init__(work, folder)
+        changes = dict(length_groups=False, epochs=2, min_updates=0, log_every=1, save_every=0)
+        self.loop, self.logs = self.loop.model_copy(update=changes), []
+
+    def step(self, examples: np.ndarray) -> float:
+        "Let `fit` make two updates; the second counts."
+        def make(ids, epoch, number): return self.objective.make(examples[ids], epoch, number)
+        lengths = self.store.lengths[examples]
+        self.logs.append(fit(self.student, Objective(lengths, make, self.objective.loss), self.loop))
+        last = self.logs[-1][-1]
+        self.clock = int(lengths.sum()) / last["tokens_per_s"]
+        return last["loss"]
+
+    def updates(self) -> int:
+        "Count the updates that counted."
+        return sum(log[-1]["step"] == 2 for log in self.logs)
 
 # %% ../nbs/lib/13c_peers.ipynb #5f432934
 def original_masks(
@@ -253,6 +282,27 @@ class Original(Contender):
         self.optimizer.zero_grad()
         return loss.item()
 
+# %% ../nbs/lib/13c_peers.ipynb #2069437a
+def exactness(
+    work: Work,
+    folder: Path,  # an empty folder
+    double: bool = False,  # compute our side in float64 too
+) -> dict[str, float]:  # relative `loss_error` and `gradient_error` (Euclidean norm, all parameters), `gradient_cosine`
+    "Hold the loss and gradient of our path against the original's in float64."
+    ours = Ours(replace(work, dropout=0.0), folder)
+    student, teacher = deepcopy(ours.student).double(), deepcopy(ours.teacher).double()
+    if double:
+        ours.student.double(), ours.teacher.double()
+    batch = ours.objective.make(np.arange(work.batch), 0, 0)
+    with ours.autocast():
+        mine, _ = ours.objective.loss(batch, batch.counts)
+    want = original_loss(student, teacher, batch.ids_bl, batch.attention_bl, batch.labels_bl, work.loss)
+    mine.backward(), want.backward()
+    def whole(model): return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in model.parameters()])
+    g, ref = whole(ours.student), whole(student)
+    errors = abs(mine.item() / want.item() - 1), ((g - ref).norm() / ref.norm()).item(), F.cosine_similarity(g, ref, dim=0).item()
+    return dict(zip(("loss_error", "gradient_error", "gradient_cosine"), errors, strict=True))
+
 # %% ../nbs/lib/13c_peers.ipynb #29d23074
 class Turns:
     "A training loop in a thread, one batch a turn."
@@ -292,7 +342,7 @@ class Turns:
         self.inbox.put(batch)
         self._wait()
 
-# %% ../nbs/lib/13c_peers.ipynb #5b91965e
+# %% ../nbs/lib/13c_peers.ipynb #4c25baaf
 def plain_loss(
     s_blv: torch.Tensor,  # student's logits
     t_blv: torch.Tensor,  # teacher's
@@ -303,6 +353,13 @@ def plain_loss(
     T, s_nv, t_nv = args.temperature, s_blv.flatten(0, 1), t_blv.flatten(0, 1)
     kl = F.kl_div(F.log_softmax(s_nv / T, -1), F.softmax(t_nv / T, -1), reduction="batchmean") * T**2
     return args.w_ce * kl + args.w_mlm * F.cross_entropy(s_nv, labels_bl.flatten(), ignore_index=IGNORE)
+
+
+def _collator(tokenizer: PreTrainedTokenizerFast, seed: int) -> DataCollatorForLanguageModeling:
+    "Make the collator of `transformers`; by itself it takes no seed in a process that is not the first and no loader's worker."
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=seed)
+    collator.generator = collator.get_generator(seed)
+    return collator
 
 
 class _Distiller(Trainer):
@@ -321,7 +378,7 @@ class _Distiller(Trainer):
         self.last = loss.item()
         return loss
 
-# %% ../nbs/lib/13c_peers.ipynb #56fd3f30
+# %% ../nbs/lib/13c_peers.ipynb #7a4e1549
 class PlainTrainer(Contender):
     "A `Trainer` whose `compute_loss` distils."
 
@@ -331,7 +388,7 @@ class PlainTrainer(Contender):
         folder: Path,
     ):
         super().__init__(work, folder)
-        self.collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=0.15, seed=work.seed)
+        self.collator = _collator(self.tokenizer, work.seed)
         b1, b2 = LOOP["betas"]
         args = TrainingArguments(
             output_dir=str(self.folder / "out"), max_steps=10**6, per_device_train_batch_size=work.batch, learning_rate=LOOP["lr"],
@@ -399,7 +456,7 @@ def without_vision() -> Iterator[None]:
     else:
         yield
 
-# %% ../nbs/lib/13c_peers.ipynb #46bb8096
+# %% ../nbs/lib/13c_peers.ipynb #79fb351e
 class TextBrewer(PlainTrainer):
     "TextBrewer's `GeneralDistiller`."
 
@@ -410,7 +467,7 @@ class TextBrewer(PlainTrainer):
     ):
         self.library = optional("textbrewer")
         Contender.__init__(self, work, folder)
-        self.collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=0.15, seed=work.seed)
+        self.collator = _collator(self.tokenizer, work.seed)
         match = dict(layer_T=work.layers, layer_S=math.ceil(work.layers / 2), feature="hidden", loss="cos", weight=work.loss.w_cos)
         loss = self.library.DistillationConfig(
             temperature=work.loss.temperature, kd_loss_weight=work.loss.w_ce * work.loss.temperature**2, kd_loss_type="ce",
@@ -440,7 +497,7 @@ class TextBrewer(PlainTrainer):
         self.turn(examples)
         return self.last.item()
 
-# %% ../nbs/lib/13c_peers.ipynb #7e9e7ec9
+# %% ../nbs/lib/13c_peers.ipynb #c7d1bbd3
 class _Rows(nn.Module):
     "A model whose output is one row of logits a position."
 
@@ -463,7 +520,7 @@ class TorchDistill(PlainTrainer):
         with without_vision():
             library = optional("torchdistill.core.distillation")
         Contender.__init__(self, work, folder)
-        self.collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=0.15, seed=work.seed)
+        self.collator = _collator(self.tokenizer, work.seed)
         both = {f"{who}_module_{k}": v for who in ("student", "teacher") for k, v in dict(path=".", io="output").items()}
         term = both | dict(temperature=work.loss.temperature, alpha=work.loss.w_mlm, beta=work.loss.w_ce, ignore_index=IGNORE)
         criterion = dict(key="WeightedSumLoss", kwargs=dict(sub_terms=dict(kd=dict(criterion=dict(key="KDLoss", kwargs=term), weight=1))))
@@ -487,15 +544,30 @@ class TorchDistill(PlainTrainer):
         self.box.post_forward_process(loss)
         return loss.item()
 
-# %% ../nbs/lib/13c_peers.ipynb #6c0c92eb
-CONTENDERS = dict(ours=Ours, original=Original, trainer=PlainTrainer, textbrewer=TextBrewer, torchdistill=TorchDistill)
+# %% ../nbs/lib/13c_peers.ipynb #6db26d22
+CONTENDERS = dict(ours=Ours, loop=PublicLoop, original=Original, trainer=PlainTrainer, textbrewer=TextBrewer, torchdistill=TorchDistill)
 
-# %% ../nbs/lib/13c_peers.ipynb #43a2bbe3
+# %% ../nbs/lib/13c_peers.ipynb #0eeba1cd
+def peak_rss_mb() -> float:  # 10^6 bytes
+    "Read the largest memory that this process has held."
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        raise UserError("peak memory is read from /proc, which only Linux has; run the benchmark there")
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+def _pin(cores: tuple[int, ...]) -> None:
+    "Keep every thread of this process on these cores, as `taskset` does."
+    for thread in os.listdir("/proc/self/task") if cores else ():
+        os.sched_setaffinity(int(thread), cores)
+
+
 def serve(
     pipe: Connection,  # to the coordinator
     kind: type[Contender],
     work: Work,
     steps: int,  # counted turns; one more comes first
+    cores: tuple[int, ...] = (),  # to keep to; empty: any
 ) -> None:
     "Be a contender: build, make a step a turn, tell updates and peak memory."
     torch.set_num_threads(work.threads)
@@ -503,6 +575,7 @@ def serve(
         with TemporaryDirectory() as folder:
             contender = kind(work, Path(folder))
             lengths = contender.store.lengths
+            _pin(cores)
             pipe.send({})
             for ids in deal(work, lengths, kind.grouped, steps):
                 pipe.recv()
@@ -510,9 +583,8 @@ def serve(
                 loss = contender.step(ids)
                 end = time.perf_counter()
                 count = dict(tokens=int(lengths[ids].sum()), flops=work_flops(work, lengths[ids]))
-                pipe.send(dict(start=start, seconds=end - start, loss=loss, **count))
+                pipe.send(dict(start=start, seconds=contender.clock or end - start, loss=loss, **count))
             pipe.recv()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts kibibytes
-            pipe.send(dict(updates=contender.updates(), peak_rss_mb=peak))
+            pipe.send(dict(updates=contender.updates(), peak_rss_mb=peak_rss_mb()))
     except Exception as e:
         pipe.send(dict(error=f"{type(e).__name__}: {e}"))
