@@ -28,7 +28,7 @@ bench: $(BENCHES) ## the benchmark notebooks, to _bench/ (RUN=a run folder)
 
 _bench/%.ipynb: nbs/stages/%.ipynb .venv/dev FORCE
 	@mkdir -p _bench
-	$(BIN)/papermill --kernel python3 $< $@ -p run '$(or $(RUN),runs/quick)'
+	$(BIN)/papermill --log-output --kernel python3 $< $@ -p run '$(or $(RUN),runs/quick)'
 
 FORCE:
 

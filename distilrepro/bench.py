@@ -283,14 +283,15 @@ def as_records(
         rows += [place | dict(metric="gflops", value=r.gflops), place | dict(metric="gflops_low", value=r.low)]
     return [r | dict(task=task, split=split, unit=UNITS[r["metric"]]) for r in rows]
 
-# %% ../nbs/lib/13d_bench.ipynb #447b7740
+# %% ../nbs/lib/13d_bench.ipynb #704ff7e5
 def ratio_table(
     records: pd.DataFrame,  # of stage `bench`
 ) -> pd.DataFrame:  # index task, split, model; `low` and `high` are of single turns, `vs_...` ratios of tokens_per_s
     "Set contenders side by side, race by race."
     place = ["task", "split", "model"]
-    sums = ["tokens_per_s", "limit_share", "shape_share", "peak_rss_mb"]
-    out = records[records.metric.isin(sums) & (records.split != "parts")].pivot_table(index=place, columns="metric", values="value", sort=False)
+    metrics = ["tokens_per_s", "limit_share", "shape_share", "peak_rss_mb"]
+    sums = records[records.metric.isin(metrics) & (records.split != "parts")]
+    out = sums.pivot_table(index=place, columns="metric", values="value", sort=False)
     steps = records[records.metric == "step_s"]
     speeds = (steps.n / steps.value).groupby([steps[c] for c in place]).agg(low="min", high="max")
     out = out.join(speeds)
@@ -352,7 +353,7 @@ def step_parts(
     out = found.iloc[1:].median().rename("part_s").to_frame()
     return out.assign(flops=pd.Series(flops)).fillna(0.0)
 
-# %% ../nbs/lib/13d_bench.ipynb #288ce121
+# %% ../nbs/lib/13d_bench.ipynb #51db4584
 def part_records(
     work: Work,
     folder: Path,  # an empty folder
@@ -364,8 +365,8 @@ def part_records(
         parts = step_parts(work, folder, repeats)
         rate = max(before, matrix_rate(work.bf16, (SQUARE,) * 3))
     parts = parts.assign(part_share=parts.part_s / parts.part_s["whole step"], limit_share=parts.flops / parts.part_s / rate)
-    place = dict(task=work.name, split="parts")
-    return [place | dict(model=part, metric=m, value=row[m]) for part, row in parts.iterrows() for m in ("part_s", "part_share", "limit_share")]
+    place, metrics = dict(task=work.name, split="parts"), ("part_s", "part_share", "limit_share")
+    return [place | dict(model=part, metric=m, value=row[m]) for part, row in parts.iterrows() for m in metrics]
 
 # %% ../nbs/lib/13d_bench.ipynb #c98a492a
 EXACT = {"float64 loss": "loss_error", "float64 gradient": "gradient_error", "float64 direction": "gradient_cosine"}  # of `peers.exactness`
@@ -381,7 +382,12 @@ BARS = {  # size: (contender, against, at least); of `AT_MOST` at most; `limit` 
                ("ours", "memory", 1.0), *_BOTH],
 }
 
-# %% ../nbs/lib/13d_bench.ipynb #421b3589
+# %% ../nbs/lib/13d_bench.ipynb #7fd0ee9f
+def _one_race(table: pd.DataFrame, size: str, split: str) -> pd.DataFrame:
+    "Take the rows of one race; none where it was not run."
+    return table.loc[(size, split)] if (size, split) in table.index.droplevel("model") else table.iloc[:0].droplevel([0, 1])
+
+
 def measured(
     race_table: pd.DataFrame,  # of one race: index model, columns of `ratio_table`
     exact: pd.Series,  # values by (model, metric)
@@ -401,7 +407,7 @@ def measured(
         return float(t.peak_rss_mb[who] / min(t.peak_rss_mb[p] for p in peers))
     return float(t.tokens_per_s[who] / t.tokens_per_s[against])
 
-# %% ../nbs/lib/13d_bench.ipynb #d49e63aa
+# %% ../nbs/lib/13d_bench.ipynb #fb32defd
 def bar_table(
     records: pd.DataFrame,  # of stage `bench`
     split: str,  # the setting, as `setting_name` writes it
@@ -410,7 +416,7 @@ def bar_table(
     table, rows = ratio_table(records), []
     found = records[records.metric.isin(EXACT.values())]
     for size, bars in BARS.items():
-        race = table.loc[(size, split)] if (size, split) in table.index.droplevel("model") else table.iloc[:0].droplevel([0, 1])
+        race = _one_race(table, size, split)
         exact = found[found.task == size].set_index(["model", "metric"]).value
         for who, against, bar in bars:
             value = measured(race, exact, who, against)
@@ -422,7 +428,7 @@ def bar_table(
 # %% ../nbs/lib/13d_bench.ipynb #652ca951
 SETTING_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc")
 
-# %% ../nbs/lib/13d_bench.ipynb #411fdb01
+# %% ../nbs/lib/13d_bench.ipynb #4d6d7576
 def race_figure(
     records: pd.DataFrame,  # of stage `bench`
 ) -> Figure:
@@ -433,7 +439,7 @@ def race_figure(
     fig, axes = plt.subplots(1, len(sizes), figsize=(1.2 + 3.4 * len(sizes), tall + 0.8), sharey=True, squeeze=False)
     for ax, size in zip(axes[0], sizes, strict=True):
         for i, setting in enumerate(settings):
-            part = table.loc[(size, setting)] if (size, setting) in table.index.droplevel("model") else table.iloc[:0].droplevel([0, 1])
+            part = _one_race(table, size, setting)
             y = np.array([models.index(m) for m in part.index]) + 0.8 * ((i + 0.5) / len(settings) - 0.5)
             ax.barh(y, part.tokens_per_s, 0.75 / len(settings), color=SETTING_COLOURS[i % len(SETTING_COLOURS)], label=setting)
             ax.hlines(y, part.low, part.high, color="#787878", lw=1.5)
