@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SQUARE', 'ALLOCATORS', 'START', 'NO_BF16', 'UNITS', 'EXACT', 'AT_MOST', 'BARS', 'SETTING_COLOURS', 'products',
-           'on_cores', 'last_cores', 'measure_rates', 'shape_rate', 'environment', 'Racer', 'race', 'entries',
-           'size_of', 'setting_name', 'as_records', 'ratio_table', 'exact_records', 'step_parts', 'part_records',
-           'measured', 'bar_table', 'race_figure']
+           'on_cores', 'last_cores', 'measure_rates', 'shape_rate', 'environment', 'Racer', 'memory_needed', 'race',
+           'entries', 'size_of', 'setting_name', 'as_records', 'ratio_table', 'exact_records', 'step_parts',
+           'part_records', 'measured', 'bar_table', 'race_figure']
 
-# %% ../nbs/lib/13d_bench.ipynb #6666008a
+# %% ../nbs/lib/13d_bench.ipynb #4d443e26
 import multiprocessing
 import os
 import time
@@ -22,8 +22,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from matplotlib.figure import Figure
+from transformers import BertConfig
 
 from .config import UserError, unknown
 from .distill import _step
@@ -31,7 +33,7 @@ from .distill import threads as pinned_threads
 from .losses import decoder, head_rows, hidden_cosine, vocab_loss
 from .packing import hidden_rows
 from .peers import CONTENDERS, Contender, Ours, Work, deal, draw_lengths, exactness, serve, work_flops
-from .speed import cpu_has_bf16, flops_per_token, matrix_rate, time_call
+from .speed import cpu_has_bf16, flops_per_token, formula_parameters, matrix_rate, time_call
 
 # %% ../nbs/lib/13d_bench.ipynb #35b808cc
 SQUARE = 2048
@@ -160,7 +162,19 @@ class Racer:
         self.process.join()
         self.pipe.close()
 
-# %% ../nbs/lib/13d_bench.ipynb #6900d59b
+# %% ../nbs/lib/13d_bench.ipynb #3414caf8
+def memory_needed(
+    work: Work,
+    racers: int,
+    allocator: str,  # one of `ALLOCATORS`
+) -> float:  # 10^6 bytes, roughly
+    "Estimate the memory of a race."
+    shape = dict(hidden_size=work.width, intermediate_size=4 * work.width, vocab_size=work.vocab)
+    teacher, student = (formula_parameters(BertConfig(num_hidden_layers=n, **shape)) for n in (work.layers, -(-work.layers // 2)))
+    held, logits = 500 + 4 * (teacher + 4 * student) / 1e6, 12 * 4 * work.batch * work.longest * work.vocab / 1e6
+    return racers * held + logits * (racers if allocator == "tuned" else 1)
+
+# %% ../nbs/lib/13d_bench.ipynb #214e1911
 def race(
     contenders: dict[str, tuple[type[Contender], Work]],  # by the name that records carry; all with the same work, but for the type
     steps: int,  # counted turns of each
@@ -174,6 +188,9 @@ def race(
     works = [replace(w, bf16=False) for _, w in contenders.values()]
     if any(w != works[0] for w in works):
         raise UserError("contenders of one race must be given the same work; only the type of their products may differ")
+    need, free = memory_needed(works[0], len(works), allocator), psutil.virtual_memory().available / 1e6
+    if need > free:
+        raise UserError(f"{len(works)} contenders need about {need:.0f} MB of memory and {free:.0f} are free; take fewer or smaller ones")
     types, cores = {w.bf16 for _, w in contenders.values()}, last_cores(works[0].threads)
     racers, rates = [Racer(n, kind, work, steps, allocator, cores) for n, (kind, work) in contenders.items()], []
     try:
