@@ -98,7 +98,10 @@ ALLOCATORS = {
     "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26), "MALLOC_ARENA_MAX": "1"},
 }
 
-# %% ../nbs/lib/13d_bench.ipynb #8a463e83
+# %% ../nbs/lib/13d_bench.ipynb #10f8dc57
+START = "spawn"  # a child that has nothing else of its parent
+
+
 @contextmanager
 def environment(
     **values: str,
@@ -112,10 +115,7 @@ def environment(
         for k, v in before.items():
             os.environ.pop(k) if v is None else os.environ.update({k: v})
 
-# %% ../nbs/lib/13d_bench.ipynb #3c784e26
-START = "spawn"  # a process that has nothing of this one
-
-
+# %% ../nbs/lib/13d_bench.ipynb #7571c01e
 class Racer:
     "A contender in a process of its own, as the coordinator sees it."
 
@@ -129,8 +129,7 @@ class Racer:
         cores: tuple[int, ...] = (),  # to keep to; empty: any
     ):
         self.name, self.work, self.turns = name, work, []
-        context = multiprocessing.get_context(START)
-        self.pipe, theirs = context.Pipe()
+        self.pipe, theirs = (context := multiprocessing.get_context(START)).Pipe()
         self.process = context.Process(target=serve, args=(theirs, kind, work, steps, cores), daemon=True)
         fixed = dict(OMP_NUM_THREADS=str(work.threads), TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
         with environment(**fixed, **ALLOCATORS[allocator]):
