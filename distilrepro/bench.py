@@ -8,7 +8,7 @@ __all__ = ['SQUARE', 'ALLOCATORS', 'START', 'NO_BF16', 'UNITS', 'EXACT', 'AT_MOS
            'entries', 'size_of', 'setting_name', 'as_records', 'ratio_table', 'exact_records', 'step_parts',
            'part_records', 'measured', 'bar_table', 'race_figure']
 
-# %% ../nbs/lib/13d_bench.ipynb #4d443e26
+# %% ../nbs/lib/13d_bench.ipynb #005253c7
 import multiprocessing
 import os
 import time
@@ -30,7 +30,8 @@ from transformers import BertConfig
 from .config import UserError, unknown
 from .distill import _step
 from .distill import threads as pinned_threads
-from .losses import decoder, head_rows, hidden_cosine, vocab_loss
+from .fused import vocab_loss
+from .losses import decoder, head_rows, hidden_cosine
 from .packing import hidden_rows
 from .peers import CONTENDERS, Contender, Ours, Work, deal, draw_lengths, exactness, serve, work_flops
 from .speed import cpu_has_bf16, flops_per_token, formula_parameters, matrix_rate, time_call
@@ -173,14 +174,14 @@ def memory_needed(
     held, logits = 500 + 4 * (teacher + 4 * student) / 1e6, 12 * 4 * work.batch * work.longest * work.vocab / 1e6
     return racers * held + logits * (racers if allocator == "tuned" else 1)
 
-# %% ../nbs/lib/13d_bench.ipynb #214e1911
+# %% ../nbs/lib/13d_bench.ipynb #2d9518fd
 def race(
     contenders: dict[str, tuple[type[Contender], Work]],  # by the name that records carry; all with the same work, but for the type
     steps: int,  # counted turns of each
     allocator: str = "default",  # one of `ALLOCATORS`
     on_round: Callable[[int], None] = lambda done: None,  # told of progress; 0 is the warm-up
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    # counted turns (model, turn, start, seconds, loss, tokens, flops); sums, one row a contender; rates (bf16, product, gflops, low)
+    # counted turns (model, turn, start, seconds, cpu_share, loss, tokens, flops); sums, one row a contender; rates (bf16, product, ...)
     "Let contenders take turns; raises `RuntimeError` for one that fails, dies or makes another number of updates than it had turns."
     if not contenders or steps < 1:
         raise UserError(f"no race: {len(contenders)} contenders, {steps} steps; expected one or more of each")
@@ -266,9 +267,9 @@ def size_of(
         raise UserError(f"size {text!r} is not of the form layers x width x sequences, for example 12x256x32") from None
     return Work(layers=layers, width=width, heads=max(1, width // 64), batch=batch, **more)
 
-# %% ../nbs/lib/13d_bench.ipynb #4b7fec03
-UNITS = dict(step_s="s", loss="nats", tokens_per_s="tokens/s", limit_share="fraction", shape_share="fraction", peak_rss_mb="MB",
-             gflops="GFLOP/s", gflops_low="GFLOP/s")
+# %% ../nbs/lib/13d_bench.ipynb #6719e10d
+UNITS = dict(step_s="s", loss="nats", cpu_share="cores", tokens_per_s="tokens/s", limit_share="fraction", shape_share="fraction",
+             peak_rss_mb="MB", gflops="GFLOP/s", gflops_low="GFLOP/s")
 
 # %% ../nbs/lib/13d_bench.ipynb #8f855ac9
 def setting_name(
@@ -278,7 +279,7 @@ def setting_name(
     "Name the setting of a race."
     return f"{threads} thread{'s' * (threads > 1)}, {allocator} allocator"
 
-# %% ../nbs/lib/13d_bench.ipynb #87a9e02d
+# %% ../nbs/lib/13d_bench.ipynb #63cdafa8
 def as_records(
     turns: pd.DataFrame,  # of `race`
     sums: pd.DataFrame,
@@ -290,7 +291,7 @@ def as_records(
     rows = []
     for t in turns.itertuples():
         place = dict(model=t.model, seed=t.turn, n=t.tokens, step=t.turn)
-        rows += [place | dict(metric="step_s", value=t.seconds), place | dict(metric="loss", value=t.loss)]
+        rows += [place | dict(metric=m, value=v) for m, v in (("step_s", t.seconds), ("loss", t.loss), ("cpu_share", t.cpu_share))]
     for s in sums.itertuples():
         place = dict(model=s.model, n=s.tokens, step=s.updates)
         rows += [place | dict(metric=m, value=getattr(s, m)) for m in UNITS if hasattr(s, m)]
@@ -326,7 +327,7 @@ def exact_records(
     found = {name: exactness(replace(work, bf16=t), folder) for name, t in types.items()}
     return [dict(model=m, task=work.name, split="float64", metric=k, value=v) for m, values in found.items() for k, v in values.items()]
 
-# %% ../nbs/lib/13d_bench.ipynb #9a0a9175
+# %% ../nbs/lib/13d_bench.ipynb #7a679221
 def _apart(ours: Ours, ids: np.ndarray) -> dict[str, float]:
     "Make an update part by part; returns seconds."
     marks, (student, teacher, args) = [("", time.perf_counter())], (ours.student, ours.teacher, ours.work.loss)
@@ -342,7 +343,7 @@ def _apart(ours: Ours, ids: np.ndarray) -> dict[str, float]:
         s_rows = head_rows(student, s_hidden)
         mark("student forward")
         labels, a, c = b.labels_bl[b.attention_bl.bool()], args.w_ce / b.counts.tokens, args.w_mlm / b.counts.masked
-        loss, *_ = vocab_loss(s_rows, decoder(student), t_rows.clone(), decoder(teacher), labels, args.temperature, a, c)
+        loss, *_ = vocab_loss(s_rows, decoder(student), t_rows.clone(), decoder(teacher), labels, args.temperature, a, c, args.compile)
         mark("vocabulary")
         loss = loss + args.w_cos * hidden_cosine(s_hidden.float(), t_hidden.float()) / b.counts.tokens
     loss.backward()

@@ -8,7 +8,7 @@ __all__ = ['SPECIAL', 'LOOP', 'CONTENDERS', 'Work', 'draw_lengths', 'make_store'
            'Turns', 'plain_loss', 'PlainTrainer', 'optional', 'without_vision', 'TextBrewer', 'TorchDistill',
            'peak_rss_mb', 'serve']
 
-# %% ../nbs/lib/13c_peers.ipynb #5d0acba2
+# %% ../nbs/lib/13c_peers.ipynb #9baae167
 import math
 import os
 import sys
@@ -36,13 +36,13 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from .config import Loop, Loss, Mask, Teacher, UserError
 from .corpus import TokenStore, collate, hash_content, plan_epoch, write_tokens
 from .distill import Objective, _step, adamw, distil_objective, fit, masked_text, one_update, pick_device
-from .losses import IGNORE
+from .fused import IGNORE
 from .masking import token_weights
 from .records import write_atomic
 from .speed import flops_per_token
 from .student import build_student, new_teacher
 
-# %% ../nbs/lib/13c_peers.ipynb #26fd2455
+# %% ../nbs/lib/13c_peers.ipynb #17173e64
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -61,7 +61,7 @@ class Work:
     bf16: bool = False  # matrix products in bfloat16
     threads: int = 1
     seed: int = 0
-    loss: Loss = Loss()
+    loss: Loss = Loss(compile=True)  # as the released recipe has it
 
     @property
     def name(self) -> str:
@@ -547,7 +547,7 @@ class TorchDistill(PlainTrainer):
 # %% ../nbs/lib/13c_peers.ipynb #6db26d22
 CONTENDERS = dict(ours=Ours, loop=PublicLoop, original=Original, trainer=PlainTrainer, textbrewer=TextBrewer, torchdistill=TorchDistill)
 
-# %% ../nbs/lib/13c_peers.ipynb #0eeba1cd
+# %% ../nbs/lib/13c_peers.ipynb #0723b9ed
 def peak_rss_mb() -> float:  # 10^6 bytes
     "Read the largest memory that this process has held."
     status = Path("/proc/self/status")
@@ -579,11 +579,11 @@ def serve(
             pipe.send({})
             for ids in deal(work, lengths, kind.grouped, steps):
                 pipe.recv()
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 loss = contender.step(ids)
-                end = time.perf_counter()
+                end, used = time.perf_counter(), time.process_time() - used
                 count = dict(tokens=int(lengths[ids].sum()), flops=work_flops(work, lengths[ids]))
-                pipe.send(dict(start=start, seconds=contender.clock or end - start, loss=loss, **count))
+                pipe.send(dict(start=start, seconds=contender.clock or end - start, cpu_share=used / (end - start), loss=loss, **count))
             pipe.recv()
             pipe.send(dict(updates=contender.updates(), peak_rss_mb=peak_rss_mb()))
     except Exception as e:

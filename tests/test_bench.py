@@ -300,7 +300,7 @@ def test_threads_cores_and_allocator_reach_the_child():
 # what is made of it
 
 def test_a_race_becomes_records_and_a_table():
-    turns = pd.DataFrame([dict(model=m, turn=i, start=0.0, seconds=s, tokens=100, flops=1, loss=2.0)
+    turns = pd.DataFrame([dict(model=m, turn=i, start=0.0, seconds=s, cpu_share=1.0, tokens=100, flops=1, loss=2.0)
                           for m, s in (("ours", 0.5), ("original", 2.0), ("trainer", 4.0)) for i in (1, 2)])
     rates = pd.DataFrame([dict(bf16=False, product="square", gflops=9.0, low=8.0)])
     sums = pd.DataFrame([dict(model=m, tokens_per_s=v, limit_share=v / 250, shape_share=v / 200, peak_rss_mb=r, tokens=200, updates=3)
