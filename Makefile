@@ -28,7 +28,7 @@ bench: $(BENCHES) ## the benchmark notebooks, to _bench/ (RUN=a run folder)
 
 _bench/%.ipynb: nbs/stages/%.ipynb .venv/dev FORCE
 	@mkdir -p _bench
-	$(BIN)/papermill --kernel python3 $< $@ -p run '$(or $(RUN),runs/quick)'
+	$(BIN)/papermill --log-output --kernel python3 $< $@ -p run '$(or $(RUN),runs/quick)'
 
 FORCE:
 
@@ -47,7 +47,7 @@ clean: ## remove what was built (never runs/ nor .venv/)
 lock: ## resolve all dependencies anew, to constraints.txt
 	rm -rf .venv/lock
 	$(PYTHON) -m venv .venv/lock
-	.venv/lock/bin/python -m pip install --quiet 'torch==2.13.0' --editable '.[minilm,dev,docs]'
+	.venv/lock/bin/python -m pip install --quiet 'torch==2.13.0' --editable '.[minilm,bench,dev,docs]'
 	.venv/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable > .venv/lock/frozen.txt
 	sed -n '/^#/p' constraints.txt > .venv/lock/constraints.txt
 	sed 's/+[a-z0-9.]*$$//' .venv/lock/frozen.txt >> .venv/lock/constraints.txt
