@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_long', 'shorten', 'sequences', 'TokenStore', 'sha', 'input_marks', 'store_settings', 'write_tokens',
            'hash_content', 'open_store', 'build_store', 'empty_corpus', 'plan_epoch', 'padding_share', 'collate',
-           'load_split', 'load_tokenizer', 'texts']
+           'read_batch', 'load_split', 'load_tokenizer', 'texts']
 
 # %% ../nbs/lib/05_corpus.ipynb #7d17e84a
 import hashlib
@@ -71,7 +71,7 @@ def sequences(
                 if not (short or unknowns):
                     yield ids
 
-# %% ../nbs/lib/05_corpus.ipynb #c959922a
+# %% ../nbs/lib/05_corpus.ipynb #4f9bb4c5
 class TokenStore:
     "Sequences of token ids in a memory-mapped file: `len(store)`, `store[i]`, `store.lengths`, `store.content_hash`."
 
@@ -82,15 +82,15 @@ class TokenStore:
         self.folder = Path(folder)
         self.manifest = json.loads((self.folder / "manifest.json").read_text())
         self.content_hash = self.manifest["content_hash"]
-        self.tokens = np.memmap(self.folder / "tokens.bin", dtype=self.manifest["dtype"], mode="r")
-        places = np.load(self.folder / "offsets.npy", allow_pickle=False, mmap_mode="r")  # [n, 2]: start, length
-        self.starts, self.lengths = places[:, 0], np.asarray(places[:, 1])
+        self.tokens = np.asarray(np.memmap(self.folder / "tokens.bin", dtype=self.manifest["dtype"], mode="r"))
+        places = np.asarray(np.load(self.folder / "offsets.npy", allow_pickle=False, mmap_mode="r"))  # [n, 2]: start, length
+        self.starts, self.lengths = places[:, 0], places[:, 1]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return np.asarray(self.tokens[self.starts[i]:self.starts[i] + self.lengths[i]])
+        return self.tokens[self.starts[i]:self.starts[i] + self.lengths[i]]
 
     def counts(
         self,
@@ -286,3 +286,17 @@ def collate(
     ids_bl = torch.full(attention_bl.shape, pad_id, dtype=torch.int64)
     ids_bl[attention_bl.bool()] = torch.from_numpy(np.concatenate(batch).astype(np.int64))
     return ids_bl, attention_bl
+
+# %% ../nbs/lib/05_corpus.ipynb #82930f25
+def read_batch(
+    store: TokenStore,
+    examples: np.ndarray,  # numbers of the sequences
+    pad_id: int,
+    pad_to: int = 0,  # positions at least; 0: as many as the longest needs
+) -> tuple[torch.Tensor, torch.Tensor]:  # ids and attention mask (1 real, 0 padding), int64 [b, l]
+    "Read sequences of a store, padded as `collate` does."
+    lengths_b = store.lengths[examples]
+    places = np.arange(max(int(lengths_b.max()), pad_to))
+    real_bl = places < lengths_b[:, None]
+    ids_bl = store.tokens.take(store.starts[examples][:, None] + places, mode="clip").astype(np.int64)
+    return torch.from_numpy(np.where(real_bl, ids_bl, pad_id)), torch.from_numpy(real_bl.astype(np.int64))

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from .config import Loop, Loss, Mask, UserError
-from .corpus import TokenStore, collate, plan_epoch
+from .corpus import TokenStore, plan_epoch, read_batch
 from .fused import IGNORE
 from .losses import Counts, count, decoder, head_rows, hidden_cosine, select_rows, soft_ce, triple_loss
 from .masking import mask_tokens, token_weights
@@ -306,7 +306,7 @@ class MaskedBatch:
     labels_bl: torch.Tensor  # `IGNORE` where nothing was masked
     counts: Counts
 
-# %% ../nbs/lib/09_distill.ipynb #ee32d874
+# %% ../nbs/lib/09_distill.ipynb #88b90917
 @dataclass(frozen=True)
 class MaskedText:
     "Text as masked batches: each is a function of (seed, epoch, number, examples)."
@@ -324,8 +324,8 @@ class MaskedText:
         epoch: int,
         number: int,  # of the micro-batch since the start
     ) -> MaskedBatch:
-        "Collate and mask some examples."
-        ids, attention = collate([self.store[i] for i in examples], self.pad_id, self.pad_to)
+        "Read and mask some examples."
+        ids, attention = read_batch(self.store, examples, self.pad_id, self.pad_to)
         masked, labels = mask_tokens(ids, attention, examples, self.weights, self.mask, self.mask_id, self.seed, epoch, number)
         device = pick_device()
         return MaskedBatch(masked.to(device), attention.to(device), labels.to(device), count(attention, labels))

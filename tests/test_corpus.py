@@ -11,12 +11,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilrepro import corpus
 from distilrepro.config import Data, UserError
-from distilrepro.corpus import TokenStore, build_store, collate, load_split, load_tokenizer, padding_share, plan_epoch, split_long, texts
+from distilrepro.corpus import (
+    TokenStore,
+    build_store,
+    collate,
+    load_split,
+    load_tokenizer,
+    padding_share,
+    plan_epoch,
+    read_batch,
+    split_long,
+    texts,
+)
 from distilrepro.lookalikes import TASKS
 
 TOY = Data(documents=300, heldout_tokens=1000)
@@ -25,6 +37,11 @@ TOY = Data(documents=300, heldout_tokens=1000)
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(TOY)
+
+
+@pytest.fixture(scope="module")
+def whole_store(tokenizer, tmp_path_factory):
+    return build_store(TOY, tokenizer, ["synthetic"], "train", tmp_path_factory.mktemp("store") / "s", 0)
 
 
 def write(root, name, split, rows, **columns):
@@ -359,6 +376,14 @@ def test_padding_share_equals_collated_padding():
     plan = plan_epoch(lengths, 8, 0, 0, False)
     masks = [collate([np.ones(n, np.uint16) for n in lengths[ids]], 0)[1] for ids in plan]
     assert padding_share(lengths, plan) == pytest.approx(1 - sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks))
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=12), st.sampled_from([0, 9, 200]), st.integers(0, 9))
+def test_a_batch_of_the_store_is_its_sequences_collated(whole_store, numbers, pad_to, pad_id):
+    examples = np.array(numbers) % len(whole_store)
+    want = collate([whole_store[i] for i in examples], pad_id, pad_to)
+    got = read_batch(whole_store, examples, pad_id, pad_to)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
 
 
 @given(st.lists(st.lists(st.integers(1, 65535), min_size=1, max_size=20), min_size=1, max_size=9))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from distilrepro.config import Mask
-from distilrepro.masking import mask_tokens, token_weights, uniforms
+from distilrepro.masking import choose, fold, mask_tokens, token_weights, uniforms
 
 V, PAD, MASK, SPECIALS = 60, 0, 4, [0, 1, 2, 3, 4]
 COUNTS = (1e4 / np.arange(1, V + 1)).astype(int)
@@ -45,12 +45,83 @@ def splitmix(state):
     return z ^ (z >> 31)
 
 
-@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5))
-def test_uniforms_equal_a_reference_in_python_integers(words):
+def number(*words):
+    "Return the random number of an address, in unlimited integers."
     state, m = 0, (1 << 64) - 1
     for word in words:
         state = splitmix((state + 0x9E3779B97F4A7C15 & m) ^ (word & m))
-    assert float(uniforms(*words)) == (state >> 11) / 2**53
+    return (state >> 11) / 2**53
+
+
+WORDS = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5)
+
+
+@given(WORDS, WORDS)
+def test_uniforms_equal_a_reference_in_python_integers(words, last):
+    state = fold(np.zeros(1, dtype=np.uint64), *words)
+    assert uniforms(state).tolist() == [number(*words)]
+    assert uniforms(fold(state, np.array(last))).tolist() == [number(*words, word) for word in last]
+
+
+def masked_slowly(rows, examples, weights, mask, seed, time):
+    "Mask rows of token ids one token at a time: the rows, and their labels."
+    keys = [[(-math.log1p(-number(seed, time, 0, e, i)) / weights[t], r, i) for i, t in enumerate(row) if weights[t]]
+            for r, (row, e) in enumerate(zip(rows, examples, strict=True))]
+    groups, sizes = (keys, map(len, rows)) if mask.scope == "example" else ([sum(keys, [])], [sum(map(len, rows))])
+    masked, labels = [list(row) for row in rows], [[-100] * len(row) for row in rows]
+    for group, size in zip(groups, sizes, strict=True):
+        for _, r, i in sorted(group)[:math.ceil(mask.rate * size)]:
+            kind, token = (number(seed, time, draw, examples[r], i) for draw in (1, 2))
+            labels[r][i] = rows[r][i]
+            if kind < mask.mask + mask.random:
+                masked[r][i] = MASK if kind < mask.mask else int(token * len(weights))
+    return masked, labels
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(3, 30), min_size=1, max_size=8), st.sampled_from(["batch", "example"]), st.floats(0, 1), st.integers(0, 99),
+       st.sampled_from([0.0, 0.7]), st.integers(0, 40))
+def test_masking_equals_a_loop_over_tokens(lengths, scope, rate, seed, smoothing, width):
+    mask, n = Mask(scope=scope, rate=rate, mask=0.5, random=0.4, keep=0.1), len(lengths)
+    examples = [7 * i + 2 for i in range(n)]
+    weights = token_weights(COUNTS, Mask(smoothing=smoothing), SPECIALS)
+    x, attention = batch(range(n), lengths, width)
+    masked, labels = mask_tokens(x, attention, np.array(examples), weights, mask, MASK, seed, 5, 5)
+    rows = [sentence(i, length) for i, length in enumerate(lengths)]
+    want = masked_slowly(rows, examples, weights.double().tolist(), mask, seed, 5)
+    got = [[row[:length].tolist() for row, length in zip(x, lengths, strict=True)] for x in (masked, labels)]
+    assert got == [*want]
+    assert all((masked[r, n:] == PAD).all() and (labels[r, n:] == -100).all() for r, n in enumerate(lengths))
+
+FROZEN = {  # (row, position, what stands there)
+    "batch": [(0, 7, 12), (0, 9, 25), (0, 13, 4), (1, 1, 10), (1, 4, 4), (1, 12, 46)],
+    "example": [(0, 3, 46), (0, 12, 4), (0, 16, 27), (1, 4, 4), (1, 7, 10), (1, 19, 3)],
+}
+
+
+def test_masks_of_earlier_runs_stay_as_they_were():
+    "Drawn before masking was made fast; other numbers would mean other training runs from the same seeds."
+    words = torch.arange(5, 45).view(2, 20)
+    for scope, want in FROZEN.items():
+        mask = Mask(scope=scope, mask=0.5, keep=0.1, random=0.4)
+        masked, labels = mask_tokens(words, words**0, np.array([3, 8]), torch.ones(60), mask, MASK, 1, 2, 3)
+        at = (labels != -100).nonzero()
+        assert [(*map(int, place), int(masked[tuple(place)])) for place in at] == want
+
+
+ROWS = st.lists(st.lists(st.just(0.0) | st.floats(1e-3, 9), min_size=5, max_size=5), min_size=1, max_size=6)
+
+
+@given(ROWS, st.integers(0, 2**32), st.data())
+def test_choose_takes_the_smallest_keys(weights, seed, data):
+    weights = np.array(weights)
+    u = np.random.default_rng(seed).random(weights.shape)
+    k = [data.draw(st.integers(0, 5)) for _ in weights]
+    for row, w, numbers, n in zip(choose(weights, u, np.array(k)), weights, u, k, strict=True):
+        with np.errstate(divide="ignore"):
+            keys = [(-np.log1p(-x) / v, i) for i, (x, v) in enumerate(zip(numbers, w, strict=True))]
+        want = [i for key, i in sorted(keys)[:n] if key < np.inf]
+        assert row.nonzero()[0].tolist() == sorted(want)
 
 
 def test_weights_equal_a_loop():
