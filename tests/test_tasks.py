@@ -4,14 +4,16 @@ import socket
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
-from transformers import BertTokenizer
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
 from distilrepro.config import UserError
+from distilrepro.finetune import answer, class_logits, hard_loss, labelled_batch
 from distilrepro.tasks import TASKS, GlueMetric, check_rows, encode, floor, get_task, number_rows, score
 
 CLASSIFICATION = [n for n, t in TASKS.items() if t.labels]
@@ -169,3 +171,33 @@ def test_ids_survive_a_selection(tokenizer):
     ids = {tuple(e["input_ids"]): e["id"] for e in encode("sst2", whole, tokenizer, 8)}
     part = encode("sst2", whole.select([3, 1]), tokenizer, 8)
     assert [e["id"] for e in part] == [ids[tuple(e["input_ids"])] for e in part] == [3, 1]
+
+
+THIN = dict(vocab_size=40, dim=8, n_layers=2, n_heads=2, hidden_dim=16, max_position_embeddings=16, num_labels=3)
+SMALL = dict(vocab_size=40, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=3)
+MODELS = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SMALL)),
+    "distilbert": lambda: DistilBertForSequenceClassification(DistilBertConfig(**THIN)),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(1, 14), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_the_first_token_alone_gives_the_answers_and_gradients_of_the_stock_model(family, lengths, seed):
+    "In float64, against the stock forward pass padded further than the batch needs."
+    torch.manual_seed(seed)
+    model, rng = MODELS[family]().double().eval(), np.random.default_rng(seed)
+    rows = [dict(input_ids=rng.integers(1, 40, n), token_type_ids=np.arange(n) % 2, label=int(rng.integers(3))) for n in lengths]
+    batch = labelled_batch(rows, 0)
+    wide = {k: torch.nn.functional.pad(v, (0, 16 - v.shape[1])) for k, v in batch.inputs.items()}
+    found = []
+    for said in (class_logits(model, batch.inputs), answer(model, wide).logits.float()):
+        model.zero_grad()
+        hard_loss(get_task("mnli"), said, batch.labels_b).backward()
+        found.append((said.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}))
+    (ours, slopes), (stock, stock_slopes) = found
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
+    assert slopes.keys() == stock_slopes.keys()
+    for name, slope in slopes.items():
+        torch.testing.assert_close(slope, stock_slopes[name], atol=1e-5, rtol=0)
