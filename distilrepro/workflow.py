@@ -6,7 +6,7 @@
 __all__ = ['has_bf16', 'for_machine', 'resolve', 'run_folder', 'bar', 'running', 'executed', 'watch', 'first_error', 'reproduce',
            'lay_out_text', 'distil', 'fetch', 'publish']
 
-# %% ../nbs/lib/16_workflow.ipynb #e7d605a9
+# %% ../nbs/lib/16_workflow.ipynb #3b20ceac
 import json
 import os
 import shutil
@@ -29,15 +29,16 @@ from .config import Settings, UserError, load_settings, unknown
 from .plan import Job, checkout, jobs, write_keys
 from .records import Run, create_run, locked, write_atomic
 from .sources import HUB, RESPLIT
+from .speed import cpu_has_bf16
 from .stages import distil_stage, teacher_stage
 from .student import model_folder
 
-# %% ../nbs/lib/16_workflow.ipynb #ede35ebf
+# %% ../nbs/lib/16_workflow.ipynb #e609748d
 def has_bf16() -> bool:
     "Say whether this machine multiplies bfloat16 matrices in hardware; where it does not, they take a hundred times as long."
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return cpu_has_bf16()
 
 
 def for_machine(
