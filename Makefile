@@ -47,7 +47,7 @@ clean: ## remove what was built (never runs/ nor .venv/)
 lock: ## resolve all dependencies anew, to constraints.txt
 	rm -rf .venv/lock
 	$(PYTHON) -m venv .venv/lock
-	.venv/lock/bin/python -m pip install --quiet 'torch==2.13.0' --editable '.[minilm,bench,dev,docs]'
+	.venv/lock/bin/python -m pip install --quiet 'torch==2.13.0' --editable '.[minilm,bench,export,dev,docs]'
 	.venv/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable > .venv/lock/frozen.txt
 	sed -n '/^#/p' constraints.txt > .venv/lock/constraints.txt
 	sed 's/+[a-z0-9.]*$$//' .venv/lock/frozen.txt >> .venv/lock/constraints.txt
@@ -59,12 +59,12 @@ lock: ## resolve all dependencies anew, to constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("distilrepro needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	@echo 'installing distilrepro into .venv (minutes the first time)'
 	@$(PYTHON) -m venv .venv
-	@$(INSTALL) '.[minilm]'
+	@$(INSTALL) '.[minilm,export]'
 	@touch $@
 
 .venv/dev: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("distilrepro needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	@echo 'installing distilrepro and its tools into .venv (minutes the first time)'
 	@$(PYTHON) -m venv .venv
-	@$(INSTALL) '.[minilm,dev,docs]'
+	@$(INSTALL) '.[minilm,export,dev,docs]'
 	@touch .venv/run $@

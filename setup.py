@@ -31,7 +31,7 @@ setup(
     packages=find_packages(include=[c["lib_path"], c["lib_path"] + ".*"]),
     package_data={c["lib_path"]: ["py.typed", "presets/*.yaml", "reference/*.yaml"]},
     install_requires=c["requirements"].split(),
-    extras_require={k: c[f"{k}_requirements"].split() for k in ("minilm", "bench", "dev", "docs")},
+    extras_require={k: c[f"{k}_requirements"].split() for k in ("minilm", "bench", "export", "dev", "docs")},
     entry_points={
         "console_scripts": c["console_scripts"].split(),
         "nbdev": [f"{c['lib_path']}={c['lib_path']}._modidx:d"],

@@ -94,7 +94,7 @@ def atomic_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/lib/02_records.ipynb #2e8ea48e
+# %% ../nbs/lib/02_records.ipynb #de197096
 class Record(Section):
     "One measurement, with everything needed to place it in a table."
     run: str
@@ -111,6 +111,10 @@ class Record(Section):
     n: int | None = None  # examples, tokens or items the value was computed on
     step: int | None = None  # optimizer updates
     unit: str = ""
+    form: str = ""  # of inference, where there are several
+    batch: int | None = None  # examples answered at once, of a timing with several
+    threads: int | None = None  # likewise
+    note: str = ""  # why there is nothing to measure
     hardware: str = ""
     config_hash: str = ""
     data_hash: str = ""

@@ -91,9 +91,9 @@ def read_section(
             pending = None
     return Section(path.stem, title, subtitle, parts)
 
-# %% ../nbs/lib/15z_report.ipynb #eeb855fe
+# %% ../nbs/lib/15z_report.ipynb #bf678c0e
 EXPECTED = (  # the paper, the three reproductions, the claims; then a look inside and the curves of the two pretrainings
-    "t1_glue", "t2_downstream", "t3_speed", "t4_ablation", "cornell_t1", "cornell_t2", "cornell_f1", "cornell_f2", "f4_tasks",
+    "t1_glue", "t2_downstream", "t3_speed", "forms", "t4_ablation", "cornell_t1", "cornell_t2", "cornell_f1", "cornell_f2", "f4_tasks",
     "f5_parameters", "tiny_t1", "tiny_t2", "tiny_t3", "tiny_examples", "sst2_zeroshot", "claims", "a1_attention", "s01_teacher",
     "s02_distil",
 )

@@ -4,12 +4,18 @@
 
 # %% auto #0
 __all__ = ['parameter_counts', 'shape_of', 'formula_parameters', 'flops_per_token', 'disk_mb', 'cpu_has_bf16', 'matrix_rate',
-           'time_call', 'as_inputs', 'time_pass', 'interleaved_passes']
+           'time_call', 'as_inputs', 'time_inputs', 'time_pass', 'take_turns', 'interleaved_passes', 'peak_mb',
+           'growth_mb', 'memory_growths']
 
-# %% ../nbs/lib/13_speed.ipynb #29f2d174
+# %% ../nbs/lib/13_speed.ipynb #fa78de77
+import importlib
 import inspect
+import multiprocessing
+import resource
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +70,14 @@ def flops_per_token(
     layers, d, f = shape_of(config)
     return layers * (8 * d * d + 4 * d * f + 4 * length * d)
 
-# %% ../nbs/lib/13_speed.ipynb #0d41bc2e
+# %% ../nbs/lib/13_speed.ipynb #2752d3c8
 def disk_mb(
-    folder: Path,  # a saved `transformers` model
-) -> float:  # megabytes (10^6 bytes) of its safetensors files
+    folder: Path,  # a saved `transformers` model, or one exported to ONNX
+) -> float:  # megabytes (10^6 bytes) of its weights
     "Weigh a saved model; raises `UserError` when there are no weights."
-    files = list(Path(folder).glob("*.safetensors"))
+    files = [f for kind in ("*.safetensors", "*.onnx", "*.onnx.data") for f in Path(folder).glob(kind)]
     if not files:
-        raise UserError(f"{folder} holds no *.safetensors file; expected a folder written by `save_pretrained`")
+        raise UserError(f"{folder} holds no *.safetensors or *.onnx file; expected a folder written by `save_pretrained` or by `export`")
     return sum(f.stat().st_size for f in files) / 1e6
 
 # %% ../nbs/lib/13_speed.ipynb #6810ed97
@@ -123,7 +129,19 @@ def as_inputs(
         inputs["token_type_ids"] = torch.as_tensor(example["token_type_ids"], dtype=torch.long, device=device)[None]
     return inputs
 
-# %% ../nbs/lib/13_speed.ipynb #4a2028a4
+# %% ../nbs/lib/13_speed.ipynb #627f8b3b
+def time_inputs(
+    call: Callable[[dict], object],  # what answers, such as a model
+    inputs: list[dict],  # one mapping of tensors a call
+    warmup: int,  # inputs answered before the clock starts
+    *clock,  # device and how to wait for it, as `time_call` takes them
+) -> np.ndarray:  # seconds of each call, [n]
+    "Time one call for each input, after a warm-up."
+    for x in inputs[:warmup]:
+        call(x)
+    return np.array([time_call(lambda x=x: call(x), *clock) for x in inputs])
+
+
 def time_pass(
     model: nn.Module,
     examples: list[dict],  # encoded
@@ -137,13 +155,27 @@ def time_pass(
     model.eval()
     try:
         with torch.inference_mode():
-            for x in inputs[:warmup]:
-                model(**x)
-            return np.array([time_call(lambda x=x: model(**x), device, wait) for x in inputs])
+            return time_inputs(lambda x: model(**x), inputs, warmup, device, wait)
     finally:
         model.train(training)
 
-# %% ../nbs/lib/13_speed.ipynb #d2e59428
+# %% ../nbs/lib/13_speed.ipynb #319c2f0c
+def take_turns(
+    passes: dict[str, Callable[[], np.ndarray]],  # name -> one pass, which returns the seconds of each of its calls
+    repeats: int,
+    threads: int,
+) -> pd.DataFrame:  # a row a pass: `model` (the name), `repeat`, `pass_s`, `p50_ms`, `p95_ms`
+    "Run passes in turn, the order reversed in every second round."
+    rows = []
+    with pinned_threads(threads):
+        for repeat in range(repeats):
+            for name in list(passes)[::-1 if repeat % 2 else 1]:
+                seconds = passes[name]()
+                p50, p95 = np.percentile(1000 * seconds, [50, 95])
+                rows.append(dict(model=name, repeat=repeat, pass_s=seconds.sum(), p50_ms=p50, p95_ms=p95))
+    return pd.DataFrame(rows)
+
+
 def interleaved_passes(
     models: dict[str, nn.Module],  # by the name that records carry
     examples: list[dict],  # encoded, as `tasks.encode` gives them
@@ -151,14 +183,40 @@ def interleaved_passes(
     repeats: int = 3,  # passes of each model
     threads: int = 1,
 ) -> pd.DataFrame:  # a row a pass: `model`, `repeat`, `pass_s`, `p50_ms`, `p95_ms`
-    "Time full passes at batch 1, models in turn, the order reversed in every second round; raises `UserError` without work."
+    "Time full passes at batch 1, models in turn; raises `UserError` without work."
     if not models or not examples or repeats < 1:
         raise UserError(f"no work: {len(models)} models, {len(examples)} examples, {repeats} repeats; expected one or more of each")
-    rows = []
-    with pinned_threads(threads):
-        for repeat in range(repeats):
-            for name in list(models)[::-1 if repeat % 2 else 1]:
-                seconds = time_pass(models[name], examples, warmup)
-                p50, p95 = np.percentile(1000 * seconds, [50, 95])
-                rows.append(dict(model=name, repeat=repeat, pass_s=seconds.sum(), p50_ms=p50, p95_ms=p95))
-    return pd.DataFrame(rows)
+    return take_turns({name: lambda m=m: time_pass(m, examples, warmup) for name, m in models.items()}, repeats, threads)
+
+# %% ../nbs/lib/13_speed.ipynb #6a172880
+def peak_mb() -> float:  # megabytes (10^6 bytes)
+    "Read the highest resident memory that this process has had."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def growth_mb(
+    function: str,  # `module.function`
+    arguments: tuple,
+    imports: list[str],  # modules whose memory is not counted
+) -> float:  # megabytes (10^6 bytes)
+    "Call a function and return how far it raised the peak memory of this process."
+    for name in imports:
+        importlib.import_module(name)
+    module, name = function.rsplit(".", 1)
+    call, before = getattr(importlib.import_module(module), name), peak_mb()
+    call(*arguments)
+    return peak_mb() - before
+
+
+def memory_growths(
+    function: str,  # `module.function`, to be found by another process
+    calls: list[tuple],  # arguments of each call
+    imports: list[str],  # modules whose memory is not counted
+) -> list[float]:  # megabytes (10^6 bytes), one a call
+    "Measure how far each call raises the peak memory of a process of its own; an error there is raised here."
+    context, out = multiprocessing.get_context("forkserver"), []
+    context.set_forkserver_preload(imports)
+    for arguments in calls:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            out.append(pool.submit(growth_mb, function, arguments, imports).result())
+    return out

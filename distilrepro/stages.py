@@ -40,7 +40,7 @@ from .tasks import TASKS, get_task
 # %% ../nbs/lib/13a_stages.ipynb #6764b674
 ROOMS = {  # the rooms that decide a stage's numbers; what they import is followed
     "teacher": ("corpus", "pretrain", "student"), "distil": ("corpus", "distill", "student"),
-    "finetune": ("finetune", "squad"), "zeroshot": ("finetune",), "speed": ("finetune", "speed"),
+    "finetune": ("finetune", "squad"), "zeroshot": ("finetune",), "speed": ("finetune", "speed"), "forms": ("export",),
 }
 
 
