@@ -84,7 +84,7 @@ def ours(
         logits = predict(model, held, pad_id, loop.batch, loop.bf16)
     return Turn(trained - begun, clock() - trained, len(steps), len(train), prediction_table(task, held, logits))
 
-# %% ../nbs/lib/13f_rivals.ipynb #73241de2
+# %% ../nbs/lib/13f_rivals.ipynb #98ded8e4
 def training_arguments(
     folder: str,  # where it would write checkpoints
     job: Job,
@@ -99,7 +99,7 @@ def training_arguments(
         use_cpu=not torch.cuda.is_available(),
     )
 
-
+# %% ../nbs/lib/13f_rivals.ipynb #e9e332c1
 def stock_trainer(
     model: nn.Module,
     folder: str,  # where it would write checkpoints
@@ -124,7 +124,7 @@ class Stopwatch(TrainerCallback):
         "Stop."
         self.seconds = clock() - self.begun
 
-
+# %% ../nbs/lib/13f_rivals.ipynb #87c9747f
 def by_trainer(
     job: Job,
     padding: str,  # `max_length`, or `longest` of the batch
@@ -145,7 +145,7 @@ CONTENDERS = {
     "ours": ours, "trainer": partial(by_trainer, padding="max_length"), "trainer, dynamic": partial(by_trainer, padding="longest"),
 }
 
-# %% ../nbs/lib/13f_rivals.ipynb #e8e288dd
+# %% ../nbs/lib/13f_rivals.ipynb #694a29bb
 def quiet() -> None:
     "Silence the libraries in a contender's process."
     logging.set_verbosity_error()
@@ -163,7 +163,7 @@ def checked(
         raise RuntimeError(f"{name} made {did}; {job.task} asked for {job.updates}, {job.args.max_train} and {job.args.max_eval}")
     return turn
 
-
+# %% ../nbs/lib/13f_rivals.ipynb #5b13be15
 def small(job: Job) -> Job:
     "Cut a job to two examples of each split, for the turn that is not counted."
     return replace(job, args=job.args.model_copy(update=dict(max_train=2, max_eval=2)))
