@@ -76,7 +76,21 @@ def _compiled() -> Callable:
     "Return `_soften` compiled; a failure to compile is a warning, and the plain form runs."
     return torch._dynamo.config.patch(suppress_errors=True)(torch.compile(_soften, dynamic=False))
 
-# %% ../nbs/lib/07a_fused.ipynb #58b6e959
+# %% ../nbs/lib/07a_fused.ipynb #46f8938e
+def _add_product(
+    sum_mn: torch.Tensor,  # changed in place
+    a_mk: torch.Tensor,
+    b_kn: torch.Tensor,  # of a's type, which may be coarser than the sum's
+    scale: float,
+    first: bool,  # the sum holds nothing yet
+) -> None:
+    "Add a scaled product to a sum, without a copy where the types agree."
+    if a_mk.dtype == sum_mn.dtype:
+        sum_mn.addmm_(a_mk, b_kn, beta=0 if first else 1, alpha=scale)
+    else:
+        (sum_mn.zero_() if first else sum_mn).add_(a_mk @ b_kn, alpha=scale)
+
+
 class _Pieces(torch.autograd.Function):
     "Both vocabulary terms, piece by piece; the gradients are computed on the way forward."
 
@@ -86,7 +100,7 @@ class _Pieces(torch.autograd.Function):
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else s_nd.dtype
         (s_lo, s_c), (t_lo, t_c) = (_widened(w, c, low, T) for w, c in ((s_w, s_b), (t_w, t_b)))
         s_rows, t_rows = ((x / T).to(low) for x in (s_nd, t_nd))
-        d_rows, d_w, d_b = torch.empty_like(s_rows), torch.zeros_like(s_lo, dtype=s_w.dtype), torch.zeros_like(s_c)
+        d_rows, d_w, d_b = torch.empty_like(s_rows), torch.empty_like(s_lo, dtype=s_w.dtype), torch.zeros_like(s_c)
         s_buf, t_buf = (torch.empty(min(PIECE[kind], len(s_nd)), len(s_c), dtype=low, device=s_nd.device) for _ in range(2))
         kl = ce = torch.zeros((), dtype=s_c.dtype, device=s_nd.device)
         with torch.autocast(kind, enabled=False):
@@ -99,16 +113,15 @@ class _Pieces(torch.autograd.Function):
                     d_b_k, kl_k, ce_k = _finish(x, y, s_c, t_c, labels, weights, soften if whole_block else _soften)
                     kl, ce, d_b = kl + kl_k, ce + ce_k, d_b.add_(d_b_k)
                 torch.mm(s_logits, s_lo, out=d_rows[k])
-                d_w = d_w.addmm_(s_logits.T, s_rows[k]) if low is d_w.dtype else d_w.add_(s_logits.T @ s_rows[k])
+                _add_product(d_w, s_logits.T, s_rows[k], T, first=i == 0)  # rows were divided by T
         words = len(s_w)
-        ctx.save_for_backward(d_rows.to(s_nd.dtype), d_w[:words].mul_(T), d_b[:words].to(s_b.dtype))  # rows were divided by T
+        ctx.save_for_backward(d_rows.to(s_nd.dtype), d_w[:words] if len(s_nd) else torch.zeros_like(s_w), d_b[:words].to(s_b.dtype))
         ctx.mark_non_differentiable(kl, ce)
         return a * kl + b * ce, kl, ce
 
     @staticmethod
     def backward(ctx, upstream, _kl, _ce):
-        d_rows, d_w, d_b = ctx.saved_tensors
-        return (d_rows * upstream.to(d_rows.dtype), d_w * upstream, d_b * upstream, *(None,) * 6)
+        return (*(g * upstream.to(g.dtype) for g in ctx.saved_tensors), *(None,) * 6)
 
 # %% ../nbs/lib/07a_fused.ipynb #41e765a7
 def vocab_loss(
