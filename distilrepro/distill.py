@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['planned_updates', 'lr_factor', 'micro_batches', 'stream_seed', 'save_checkpoint', 'load_checkpoint', 'Objective',
-           'one_update', 'adamw', 'threads', 'pick_device', 'fit', 'Meter', 'MaskedBatch', 'MaskedText', 'masked_text',
-           'mlm_objective', 'distil_objective', 'evaluate_mlm']
+           'one_update', 'adamw', 'keep_memory', 'threads', 'pick_device', 'fit', 'Meter', 'MaskedBatch', 'MaskedText',
+           'masked_text', 'mlm_objective', 'distil_objective', 'evaluate_mlm']
 
-# %% ../nbs/lib/09_distill.ipynb #e7f4b335
+# %% ../nbs/lib/09_distill.ipynb #ac5a0a66
+import ctypes
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -193,6 +194,15 @@ def adamw(
     ]
     return torch.optim.AdamW(groups, lr=loop.lr, betas=loop.betas, eps=loop.eps, fused=True)
 
+# %% ../nbs/lib/09_distill.ipynb #e4a3078d
+def keep_memory() -> None:
+    "Tell glibc to reuse large freed blocks in place of returning them; another C library is left alone."
+    no_mmaps, trim_above, grow_by = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((no_mmaps, 0), (trim_above, 2**31 - 1), (grow_by, 2**26)):
+            mallopt(option, value)
+
 # %% ../nbs/lib/09_distill.ipynb #0f5712d6
 @contextmanager
 def threads(
@@ -211,7 +221,7 @@ def pick_device() -> torch.device:
     "Take the GPU if there is one."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/lib/09_distill.ipynb #eac4f54f
+# %% ../nbs/lib/09_distill.ipynb #86d155d1
 def fit(
     model: nn.Module,  # trained in place
     objective: Objective,
@@ -224,6 +234,7 @@ def fit(
     "Train a model, going on from its newest checkpoint; raises `UserError` for too few updates, `RuntimeError` for a loss not finite."
     def plan(epoch): return plan_epoch(objective.lengths, loop.batch, loop.seed, epoch, loop.length_groups)
     per_epoch, total = planned_updates(loop, len(plan(0)))
+    keep_memory()
     device = pick_device()
     optimizer = adamw(model.to(device), loop)
     done, log, values = load_checkpoint(folder, model, optimizer, key) if folder else (0, [], {})

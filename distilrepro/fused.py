@@ -76,7 +76,7 @@ def _compiled() -> Callable:
     "Return `_soften` compiled; a failure to compile is a warning, and the plain form runs."
     return torch._dynamo.config.patch(suppress_errors=True)(torch.compile(_soften, dynamic=False))
 
-# %% ../nbs/lib/07a_fused.ipynb #46f8938e
+# %% ../nbs/lib/07a_fused.ipynb #707ae637
 def _add_product(
     sum_mn: torch.Tensor,  # changed in place
     a_mk: torch.Tensor,
@@ -90,7 +90,7 @@ def _add_product(
     else:
         (sum_mn.zero_() if first else sum_mn).add_(a_mk @ b_kn, alpha=scale)
 
-
+# %% ../nbs/lib/07a_fused.ipynb #e7a27d16
 class _Pieces(torch.autograd.Function):
     "Both vocabulary terms, piece by piece; the gradients are computed on the way forward."
 

@@ -8,7 +8,7 @@ __all__ = ['SPECIAL', 'LOOP', 'CONTENDERS', 'Work', 'draw_lengths', 'make_store'
            'Turns', 'plain_loss', 'PlainTrainer', 'optional', 'without_vision', 'TextBrewer', 'TorchDistill',
            'peak_rss_mb', 'serve']
 
-# %% ../nbs/lib/13c_peers.ipynb #9baae167
+# %% ../nbs/lib/13c_peers.ipynb #c91b2640
 import math
 import os
 import sys
@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from .config import Loop, Loss, Mask, Teacher, UserError
 from .corpus import TokenStore, collate, hash_content, plan_epoch, write_tokens
-from .distill import Objective, _step, adamw, distil_objective, fit, masked_text, one_update, pick_device
+from .distill import Objective, _step, adamw, distil_objective, fit, keep_memory, masked_text, one_update, pick_device
 from .fused import IGNORE
 from .masking import token_weights
 from .records import write_atomic
@@ -171,7 +171,7 @@ class Contender:
 
 LOOP = dict(lr=5e-4, betas=(0.9, 0.98), eps=1e-6, clip=5.0)  # of the original, the same for all
 
-# %% ../nbs/lib/13c_peers.ipynb #dec287f9
+# %% ../nbs/lib/13c_peers.ipynb #10c90863
 class Ours(Contender):
     "The public training path of this package."
     grouped = True
@@ -182,6 +182,7 @@ class Ours(Contender):
         folder: Path,
     ):
         super().__init__(work, folder)
+        keep_memory()  # as `fit` does
         self.loop = Loop(batch=work.batch, accumulation=1, bf16=work.bf16, threads=work.threads, seed=work.seed, **LOOP)
         text = masked_text(self.store, self.tokenizer, Mask(), work.seed)
         self.objective = distil_objective(self.student, self.teacher, text, work.loss)
