@@ -221,7 +221,7 @@ class ZeroShot(Section):
     "Answers of a model fine-tuned on one task to others with two classes."
     targets: tuple[TaskName, ...] = ()
 
-
+# %% ../nbs/lib/01_config.ipynb #322e57c4
 FormName = Literal["eager", "sdpa", "compiled", "bf16", "compiled_bf16", "int8", "onnx", "onnx_int8"]
 
 

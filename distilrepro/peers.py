@@ -139,7 +139,7 @@ def deal(
 
 # %% ../nbs/lib/13c_peers.ipynb #719cf3bb
 class Contender:
-    "A way to make distillation steps."
+    "A way to make distillation steps: a subclass has `step(examples)`, which makes one optimizer update and returns the loss."
     grouped = False  # does it batch sequences of like length?
     clock: float | None = None  # seconds of its last step by a clock of its own; None: the benchmark's clock counts
 
@@ -152,13 +152,6 @@ class Contender:
         self.store, self.tokenizer = make_store(work, self.folder), make_tokenizer(work)
         self.student, self.teacher = make_models(work)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LOOP["lr"], betas=LOOP["betas"], eps=LOOP["eps"], weight_decay=0)
-
-    def step(
-        self,
-        examples: np.ndarray,  # ids in the store
-    ) -> float:  # the loss
-        "Make one optimizer update on these examples."
-        raise NotImplementedError
 
     def updates(self) -> int:
         "Count the updates made."
@@ -509,7 +502,7 @@ class _Rows(nn.Module):
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.model(**batch).logits.flatten(0, 1)
 
-
+# %% ../nbs/lib/13c_peers.ipynb #d9cd7e65
 class TorchDistill(PlainTrainer):
     "torchdistill's `DistillationBox`."
 
@@ -562,7 +555,7 @@ def _pin(cores: tuple[int, ...]) -> None:
     for thread in os.listdir("/proc/self/task") if cores else ():
         os.sched_setaffinity(int(thread), cores)
 
-
+# %% ../nbs/lib/13c_peers.ipynb #b7be7a25
 def serve(
     pipe: Connection,  # to the coordinator
     kind: type[Contender],
