@@ -66,8 +66,8 @@ def _widened(
     least = torch.promote_types(bias_v.dtype, torch.float32)
     return F.pad(weight_vd.to(kind), (0, 0, 0, extra)), F.pad(bias_v.to(least) / T, (0, extra), value=-1e4)
 
-# %% ../nbs/lib/07a_fused.ipynb #e16f6f20
-PIECE = dict(cpu=256, cuda=4096)  # rows of one matrix product
+# %% ../nbs/lib/07a_fused.ipynb #1e908b68
+PIECE = dict(cpu=512, cuda=4096)  # rows of one matrix product
 BLOCK = dict(cpu=16, cuda=4096)  # rows of one softmax
 
 

@@ -264,6 +264,8 @@ def test_turns_alternate_and_never_overlap(quick_start):
         assert row.tokens_per_s == pytest.approx(mine.tokens.sum() / mine.seconds.sum())
         best = rates.set_index("product").gflops
         assert row.limit_share == pytest.approx(mine.flops.sum() / mine.seconds.sum() / 1e9 / best["square"])
+        near = (mine.flops.sum() / (mine.beside * mine.seconds).sum()) / 1e9
+        assert row.beside_share == pytest.approx(near) and row.beside_share >= row.limit_share  # no product was faster than the best
         assert row.limit_share * best["square"] == pytest.approx(row.shape_share * shape_rate(TINY, best))
 
 
@@ -303,7 +305,8 @@ def test_a_race_becomes_records_and_a_table():
     turns = pd.DataFrame([dict(model=m, turn=i, start=0.0, seconds=s, cpu_share=1.0, tokens=100, flops=1, loss=2.0)
                           for m, s in (("ours", 0.5), ("original", 2.0), ("trainer", 4.0)) for i in (1, 2)])
     rates = pd.DataFrame([dict(bf16=False, product="square", gflops=9.0, low=8.0)])
-    sums = pd.DataFrame([dict(model=m, tokens_per_s=v, limit_share=v / 250, shape_share=v / 200, peak_rss_mb=r, tokens=200, updates=3)
+    sums = pd.DataFrame([dict(model=m, tokens_per_s=v, limit_share=v / 250, beside_share=v / 240,
+                              shape_share=v / 200, peak_rss_mb=r, tokens=200, updates=3)
                          for m, v, r in (("ours", 200.0, 100), ("original", 50.0, 500), ("trainer", 25.0, 400))])
     where = setting_name(1, "default")
     records = pd.DataFrame([json.loads(Record(run="r", preset="p", scale="s", stage="bench", **r).model_dump_json())
@@ -315,6 +318,7 @@ def test_a_race_becomes_records_and_a_table():
     bars = bar_table(records, where).set_index(["size", "contender", "against"])
     verdict = bars.verdict["12x256"]
     assert (verdict["ours", "original"], verdict["ours", "memory"], verdict["ours", "limit"]) == ("met", "met", "met")
+    assert bars.measured["12x256", "ours", "limit beside"] == pytest.approx(200 / 240)
     assert bars.measured["12x256", "ours", "memory"] == 0.25 and verdict["ours-bf16", "original"] == "not measurable here"
     assert len(bars) == sum(map(len, BARS.values())) and set(bar_table(records, "another").verdict) == {"not measurable here"}
 
