@@ -141,7 +141,7 @@ class Student(Section):
     architecture: Literal["distilbert", "bert"] = "distilbert"  # `bert` keeps the token types, as TinyDistilBERT did
     seed: int = 56
 
-# %% ../nbs/lib/01_config.ipynb #35e7341d
+# %% ../nbs/lib/01_config.ipynb #0ddb9c7d
 class Loss(Section):
     "The triple loss."
     temperature: Positive = 2.0
@@ -151,12 +151,15 @@ class Loss(Section):
     positions: Literal["all", "masked", "padded"] = "all"  # where the KL is taken; `padded` counts padding too (B2)
     kl_mean_over: Literal["tokens", "sequences"] = "tokens"  # `sequences`: too large by the length (B1)
     cos_tokens: Literal["all", "cls"] = "all"  # `cls`: only the first token is aligned (B3)
+    targets: Literal["exact", "stored", "int8"] = "exact"  # `stored`: computed once, so masks repeat; `int8`: from a coarser teacher
     compile: bool = False  # the vocabulary terms' kernel: some 10 s once in a process, then steps a few percent faster
 
     @model_validator(mode="after")
     def _not_empty(self):
         if self.w_ce + self.w_mlm + self.w_cos == 0:
             raise ValueError("at least one of w_ce, w_mlm, w_cos must be above 0")
+        if self.targets == "stored" and self.positions == "padded":
+            raise ValueError("stored targets hold real tokens alone, and positions=padded asks for padding too; use targets=exact")
         return self
 
 # %% ../nbs/lib/01_config.ipynb #37887dbf
@@ -192,7 +195,7 @@ class Speed(Section):
     repeats: Count = 3  # interleaved passes of each model
     threads: Count = 1
 
-# %% ../nbs/lib/01_config.ipynb #6c770264
+# %% ../nbs/lib/01_config.ipynb #c60961ed
 class SecondDistillation(Section):
     "Fine-tuning on the labels and on the soft targets of a teacher fine-tuned before (run_squad_w_distillation.py)."
     tasks: tuple[TaskName, ...] = ()
@@ -221,7 +224,7 @@ class ZeroShot(Section):
     "Answers of a model fine-tuned on one task to others with two classes."
     targets: tuple[TaskName, ...] = ()
 
-# %% ../nbs/lib/01_config.ipynb #322e57c4
+# %% ../nbs/lib/01_config.ipynb #a94ad8f2
 FormName = Literal["eager", "sdpa", "compiled", "bf16", "compiled_bf16", "int8", "onnx", "onnx_int8"]
 
 

@@ -6,7 +6,7 @@
 __all__ = ['PAGE_STYLE', 'EXPECTED', 'Section', 'show_output', 'read_section', 'read_sections', 'summary', 'summary_markdown',
            'provenance_html', 'lead_html', 'write_report']
 
-# %% ../nbs/lib/15z_report.ipynb #e483647b
+# %% ../nbs/lib/15z_report.ipynb #f8ae189e
 import base64
 import html
 import json
@@ -19,6 +19,7 @@ import yaml
 
 from .config import UserError
 from .glue import macro, retained, shared_tasks
+from .losses import departures
 from .records import Run, read_records, write_atomic
 from .tables import TOY, command, is_toy, number, percent, results, span, speed_values
 
@@ -160,7 +161,7 @@ def provenance_html(
     text = html.escape(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
     return f"<dl>{listed}</dl><details><summary>all settings</summary><pre>{text}</pre></details>"
 
-# %% ../nbs/lib/15z_report.ipynb #eaf8139f
+# %% ../nbs/lib/15z_report.ipynb #b82a7e12
 def lead_html(
     run: Run,
 ) -> str:
@@ -175,6 +176,8 @@ def lead_html(
         )
     if "–" not in (row["parameters"], row["speed"]):
         parts.append(f"It has {row['parameters']} the parameters and {row['speed']} the speed of its teacher.")
+    if changed := departures(run.settings.loss):
+        parts.append(f"Its objective is not that of the released code: {'; '.join(changed)}.")
     return f'{toy}<p class="lead">{html.escape(" ".join(parts))}</p>'
 
 # %% ../nbs/lib/15z_report.ipynb #5772ee34

@@ -8,7 +8,7 @@ __all__ = ['ROOMS', 'unit_key', 'model_hash', 'progress', 'RunText', 'corpora', 
            'splits', 'one_unit', 'zeroshot_stage', 'cross', 'speed_stage', 'timed_folder', 'pass_records',
            'size_records']
 
-# %% ../nbs/lib/13a_stages.ipynb #73528e7f
+# %% ../nbs/lib/13a_stages.ipynb #71e37872
 import hashlib
 import inspect
 import json
@@ -26,20 +26,22 @@ from transformers.utils import logging
 
 from .config import Finetune, Mask, SecondDistillation, Settings, UserError, ablation_settings, finetune_for, seeds_for
 from .corpus import TokenStore, build_store, input_marks, load_tokenizer
-from .distill import MaskedText, distil_objective, evaluate_mlm, fit, masked_text, threads
+from .distill import MaskedText, evaluate_mlm, fit, masked_text, threads
 from .finetune import (
     SoftTargets, Tuned, UntrainedTeacher, finetune, load_classifier, own_tokenizer, predict, prediction_table, task_rows)
+from .losses import departures
 from .pretrain import pretrain
 from .records import Run, atomic_folder, code_hash, is_done, read_records
 from .records import write_atomic, write_predictions, write_records
 from .speed import disk_mb, interleaved_passes, parameter_counts
 from .squad import finetune_squad
 from .student import load_teacher, model_folder, new_teacher, student_from
+from .targets import objective_for
 from .tasks import TASKS, get_task
 
-# %% ../nbs/lib/13a_stages.ipynb #6764b674
+# %% ../nbs/lib/13a_stages.ipynb #9371690b
 ROOMS = {  # the rooms that decide a stage's numbers; what they import is followed
-    "teacher": ("corpus", "pretrain", "student"), "distil": ("corpus", "distill", "student"),
+    "teacher": ("corpus", "pretrain", "student"), "distil": ("corpus", "student", "targets"),
     "finetune": ("finetune", "squad"), "zeroshot": ("finetune",), "speed": ("finetune", "speed"), "forms": ("export",),
 }
 
@@ -165,7 +167,7 @@ def teacher_stage(
     write_records(run, "teacher", rows, stage="teacher", config_hash=key, data_hash=text.hash)
     return read_records(run, "teacher")
 
-# %% ../nbs/lib/13a_stages.ipynb #e0db2ab0
+# %% ../nbs/lib/13a_stages.ipynb #5fe81b48
 def settings_of(
     run: Run,
     model: str,  # `teacher`, `student`, `student_d`, or a student of the ablation
@@ -190,15 +192,17 @@ def distil_stage(
     train = masked_text(text.train, text.tokenizer, s.mask, s.distil.seed, pad_to)
     def evaluate(): return evaluate_mlm(student, teacher, text.held)
     steps = run.folder / "checkpoints" / f"{model}-steps"
-    log = fit(student, distil_objective(student, teacher, train, s.loss), s.distil, steps, evaluate, key, progress(run, unit))
+    objective, error = objective_for(student, teacher, train, s.loss, run.folder / "corpus/targets", model_hash(source))
+    log = fit(student, objective, s.distil, steps, evaluate, key, progress(run, unit))
     save_model(student, text.tokenizer, out, model_card(s, log))
     if model == "student":
         write_atomic(run.folder / "ledger.json", book.to_json(orient="records", indent=0))
     rows = log_records(log, model=model, task="mlm", seed=s.distil.seed)
+    rows += [dict(model=model, task="mlm", metric="targets_kl", value=error, unit="nats")] if error is not None else []
     write_records(run, unit, rows, stage="distil", config_hash=key, data_hash=text.hash)
     return read_records(run, unit)
 
-# %% ../nbs/lib/13a_stages.ipynb #e9e1e195
+# %% ../nbs/lib/13a_stages.ipynb #5147f5ee
 def model_card(
     s: Settings,
     log: list[dict],  # of the distillation
@@ -207,12 +211,13 @@ def model_card(
     end = [e for e in log if e["split"] == "heldout"][-1]
     values = "\n".join(f"| {name} | {end[name]:.4g} |" for name in ("mlm_loss", "mlm_accuracy", "kl", "cosine"))
     toy = "\n\nA toy: teacher and student know only a small synthetic language." if s.data.source == "synthetic" else ""
+    other = f"\n\nNot the released objective: {'; '.join(departures(s.loss))}." if departures(s.loss) else ""
     return (
         "---\nlibrary_name: transformers\npipeline_tag: fill-mask\n---\n\n"
         f"# A student of {s.teacher.path or 'a teacher trained in the run'}\n\n"
         f"Distilled by distilrepro, preset `{s.preset}`, scale `{s.scale}`, settings `{s.hash()}`, "
         f"{end['step']} updates on {' + '.join(s.data.corpus)}, loss weights {s.loss.w_ce:g}/{s.loss.w_mlm:g}/{s.loss.w_cos:g}, "
-        f"temperature {s.loss.temperature:g}.{toy}\n\n"
+        f"temperature {s.loss.temperature:g}.{toy}{other}\n\n"
         f"Held-out text ({s.data.heldout}, {end['n']} masked words):\n\n| measure | value |\n|---|---|\n{values}\n"
     )
 

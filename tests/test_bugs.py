@@ -2,7 +2,7 @@
 
 Elsewhere: B5 replacement shares (test_masking), B16 timing without synchronisation (test_speed), B18 order of MNLI's labels (test_tasks),
 B19 medians that are medians (test_tables, test_stats), B20 attention maps under fused attention (test_attention).
-Not here: B13 (stored teacher outputs) has no room. B6 for SQuAD is in test_squad.
+B6 for SQuAD is in test_squad.
 """
 import dataclasses
 
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
 
-from distilrepro.config import Data, Finetune, Loop, Loss, UserError, load_settings
-from distilrepro.corpus import load_split, load_tokenizer
-from distilrepro.distill import Objective, distil_objective, fit, planned_updates
+from distilrepro.config import Data, Finetune, Loop, Loss, Mask, UserError, load_settings
+from distilrepro.corpus import build_store, load_split, load_tokenizer
+from distilrepro.distill import Objective, distil_objective, fit, masked_text, planned_updates
 from distilrepro.finetune import (
     LabelledBatch,
     Size,
@@ -30,6 +30,7 @@ from distilrepro.fused import IGNORE, vocab_loss
 from distilrepro.losses import count, soft_ce, triple_loss
 from distilrepro.records import Record
 from distilrepro.student import build_student, layer_map
+from distilrepro.targets import objective_for, open_targets, store_targets, targets_key
 from distilrepro.tasks import TASKS, GlueMetric, get_task
 
 V, D = 29, 8
@@ -321,6 +322,76 @@ def test_b12_the_loss_is_zero_only_for_the_teacher_itself(models):
     assert alike["ce"] == pytest.approx(0, abs=1e-9) and alike["cos"] == pytest.approx(0, abs=1e-9)
     other = terms((bert(4, seed=9), teacher), *inputs)[1]
     assert other["ce"] > 0.1 and other["cos"] > 0.1
+
+
+# B13: stored teacher outputs
+
+@pytest.fixture
+def masked_store(tmp_path):
+    data = Data(documents=30, max_len=32)
+    tokenizer = load_tokenizer(data)
+    store = build_store(data, tokenizer, ("synthetic",), "train", tmp_path / "text", 0)
+    return masked_text(store, tokenizer, Mask(scope="example"), seed=3)
+
+
+def named_teacher(text, seed=0):
+    torch.manual_seed(seed)
+    words = len(text.weights)
+    shape = dict(hidden_size=D, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
+    return BertForMaskedLM(BertConfig(vocab_size=words, **shape)).eval()
+
+
+def test_b13_stored_answers_belong_to_examples_in_whatever_order_and_batch(masked_store, tmp_path):
+    teacher = named_teacher(masked_store)
+    stored = store_targets(teacher, masked_store, tmp_path / "targets", "t", batch=5)
+    for ids in (np.array([7, 2, 11]), np.array([11, 7]), np.arange(12)[::-1]):
+        want = []
+        for i in ids:  # each example alone, as the teacher reads it in the first epoch
+            b = masked_store(np.array([i]), 0, 0)
+            want.append(teacher.bert(b.ids_bl, b.attention_bl).last_hidden_state[0])
+        torch.testing.assert_close(stored.rows(ids), torch.cat(want), atol=4e-3, rtol=1e-3)
+
+
+def test_b13_the_loss_does_not_depend_on_when_an_example_comes(masked_store, tmp_path):
+    teacher = named_teacher(masked_store)
+    student, _ = build_student(teacher, dropout=0.0)
+    objective, error = objective_for(student, teacher, masked_store, Loss(targets="stored"), tmp_path / "targets", "t")
+    def value(ids, epoch, number):
+        b = objective.make(np.array(ids), epoch, number)
+        return objective.loss(b, b.counts)[0].item()
+    assert value([4, 9], 0, 0) == pytest.approx(value([9, 4], 5, 77), rel=1e-5)
+    exact = distil_objective(student, teacher, masked_store, Loss())
+    b = exact.make(np.array([4, 9]), 0, 0)
+    assert value([4, 9], 0, 0) == pytest.approx(exact.loss(b, b.counts)[0].item(), rel=1e-3)
+    assert 0 < error < 1e-5
+
+
+@pytest.mark.parametrize("change", ["teacher", "seed", "mask", "text"])
+def test_b13_answers_to_something_else_are_made_anew(masked_store, tmp_path, change):
+    teacher, folder = named_teacher(masked_store), tmp_path / "targets"
+    before = np.array(store_targets(teacher, masked_store, folder, "t").hidden)
+    text, name = masked_store, "t"
+    if change == "teacher":
+        teacher, name = named_teacher(masked_store, seed=1), "u"
+    elif change == "seed":
+        text = dataclasses.replace(text, seed=4)
+    elif change == "mask":
+        text = dataclasses.replace(text, mask=Mask(scope="example", rate=0.5))
+    else:
+        data = Data(documents=31, max_len=32)
+        tokenizer = load_tokenizer(data)
+        text = masked_text(build_store(data, tokenizer, ("synthetic",), "train", tmp_path / "more", 0), tokenizer, text.mask, text.seed)
+    after = np.array(store_targets(teacher, text, folder, name).hidden)
+    assert after.shape != before.shape or not np.array_equal(after, before)
+    b = text(np.array([6]), 0, 0)
+    want = teacher.bert(b.ids_bl, b.attention_bl).last_hidden_state[0]
+    torch.testing.assert_close(open_targets(text.store, folder, targets_key(text, name)).rows(np.array([6])), want, atol=4e-3, rtol=1e-3)
+
+
+def test_b13_masks_of_a_batch_cannot_be_stored(masked_store, tmp_path):
+    with pytest.raises(UserError, match="mask.scope=example"):
+        store_targets(named_teacher(masked_store), dataclasses.replace(masked_store, mask=Mask(scope="batch")), tmp_path / "targets", "t")
+    assert not (tmp_path / "targets").exists()
 
 
 def test_b15_metric_and_split_are_part_of_a_result():
