@@ -17,13 +17,13 @@ from .config import UserError
 # %% ../nbs/lib/07a_fused.ipynb #689f715a
 IGNORE = -100  # label of a position that was not masked
 
-# %% ../nbs/lib/07a_fused.ipynb #8cf41d49
+# %% ../nbs/lib/07a_fused.ipynb #d0d0ed72
 def _soften(
     x_nv: torch.Tensor,  # student logits of a few rows, divided by T, before the bias
     y_nv: torch.Tensor,  # teacher logits, likewise
     s_bias_v: torch.Tensor,  # divided by T
     t_bias_v: torch.Tensor,
-    scale: float,  # a x T
+    scale: torch.Tensor,  # a x T; a number would be compiled into the kernel
 ) -> tuple[torch.Tensor, torch.Tensor]:  # gradient of the KL term by the student's undivided logits; sum of KL
     "Compare softened distributions: one exponential a logit, for the sum, the divergence and the gradient."
     x, y = x_nv + s_bias_v, y_nv + t_bias_v
@@ -33,7 +33,7 @@ def _soften(
     kl = (p * (y - x)).sum(-1, keepdim=True) / p_sum + (x_top + q_sum.log()) - (y_top + p_sum.log())
     return q * (scale / q_sum) - p * (scale / p_sum), kl.sum()
 
-# %% ../nbs/lib/07a_fused.ipynb #6662dc7c
+# %% ../nbs/lib/07a_fused.ipynb #5b3f6584
 def _finish(
     x_nv: torch.Tensor,  # student logits of a few rows, divided by T, before the bias; overwritten with the gradient
     y_nv: torch.Tensor,
@@ -45,7 +45,7 @@ def _finish(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gradient by the bias; the sums of both terms
     "Finish a few rows."
     T, a, b = weights
-    grad, kl = soften(x_nv, y_nv, s_bias_v, t_bias_v, a * T)
+    grad, kl = soften(x_nv, y_nv, s_bias_v, t_bias_v, s_bias_v.new_tensor(a * T))
     hit = (labels_n != IGNORE).nonzero().flatten()
     log_q, at = ((x_nv[hit] + s_bias_v) * T).log_softmax(-1), (torch.arange(len(hit), device=hit.device), labels_n[hit])
     ce = -log_q[at].sum()
