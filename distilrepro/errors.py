@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SQUAD', 'KINDS', 'GRADES', 'Answers', 'judge', 'join_answers', 'read_source', 'load_answers', 'share', 'split_errors',
-           'grades', 'confusions', 'confusion_figure', 'error_rates', 'draw_rates']
+           'grades', 'confusions', 'confusion_figure', 'mean_f1', 'error_rates', 'draw_rates']
 
-# %% ../nbs/lib/14c_errors.ipynb #f85a6832
+# %% ../nbs/lib/14c_errors.ipynb #80cddc1f
 import json
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from .config import UserError, seeds_for
 from .pair import load_pair, probabilities
 from .records import Run, read_predictions
 from .sources import load_split
+from .stats import interval, mean, two_way_bootstrap
 from .tasks import get_task, number_rows
 
 # %% ../nbs/lib/14c_errors.ipynb #29ba2230
@@ -132,7 +133,7 @@ def split_errors(
     return pd.DataFrame([dict(kind=k, n=n, **dict(zip(("share", "low", "high"), share(n, len(table)), strict=True)))
                          for k, n in zip(KINDS, counts, strict=True)])
 
-# %% ../nbs/lib/14c_errors.ipynb #e918df05
+# %% ../nbs/lib/14c_errors.ipynb #d82dcc7f
 GRADES = ("exact", "some words", "no word")
 
 
@@ -151,11 +152,11 @@ def confusions(
     t = answers.table
     if not answers.labels:
         rows, columns = (grades(t[f"{m}_f1"], t[f"{m}_right"]) for m in ("teacher", "student"))
-        return {"student": pd.DataFrame(confusion_matrix(rows, columns, labels=GRADES), GRADES, GRADES)}
+        return {f"{len(t)} questions": pd.DataFrame(confusion_matrix(rows, columns, labels=GRADES), GRADES, GRADES)}
     names = list(answers.labels)
     return {m: pd.DataFrame(confusion_matrix(t.label, t[m], labels=names), names, names) for m in ("teacher", "student")}
 
-# %% ../nbs/lib/14c_errors.ipynb #323b7e30
+# %% ../nbs/lib/14c_errors.ipynb #9105e973
 def confusion_figure(
     answers: Answers,
 ) -> Figure:  # its label is the description in words
@@ -177,26 +178,38 @@ def confusion_figure(
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.set_xlabel("answer" if answers.labels else "student's answer")
-        ax.set_title(model if answers.labels else "matching words", color=COLOURS[model] if answers.labels else INK)
+        ax.set_title(model, color=COLOURS.get(model, INK))
         said += [f"{model}: " + ", ".join(f"{c} {shares[i, i]:.0%} of {n[i]}" for i, c in enumerate(counts.index))]
     axes[0][0].set_ylabel("label" if answers.labels else "teacher's answer")
     what = "Confusion matrices, a row a label; on the diagonal" if answers.labels else "Grades of the teacher (rows) and the student; alike"
     fig.set_label(f"{what}: {'; '.join(said)}.")
     return fig
 
-# %% ../nbs/lib/14c_errors.ipynb #a64cc8db
+# %% ../nbs/lib/14c_errors.ipynb #a5f50fd2
+def mean_f1(
+    f1: pd.Series,  # of each question, 0..1
+) -> tuple[float, float, float]:  # mean, low, high (95 %, bootstrap over questions); NaN for nothing
+    "Average F1 with its interval."
+    if f1.empty:
+        return float("nan"), float("nan"), float("nan")
+    drawn = two_way_bootstrap(mean, np.ones(len(f1)), {"f1": f1.to_numpy(float)[None]})["f1"]
+    return float(f1.mean()), *map(float, interval(drawn))
+
+
 def error_rates(
     table: pd.DataFrame,  # of `Answers`
-) -> dict[str, float]:  # `n`, and for each model `_wrong` (count), `_rate`, `_low`, `_high`
+) -> dict[str, float]:  # `n`, for each model `_wrong` (count), `_rate`, `_low`, `_high`, for SQuAD `_f1`, `_f1_low`, `_f1_high`
     "Compute both models' error rates on some examples."
     out = dict(n=len(table))
     for model in ("teacher", "student"):
         wrong = int((~table[f"{model}_right"].astype(bool)).sum())
-        names = (f"{model}_wrong", f"{model}_rate", f"{model}_low", f"{model}_high")
-        out |= dict(zip(names, (wrong, *share(wrong, len(table))), strict=True))
+        out[f"{model}_wrong"] = wrong
+        out |= dict(zip((f"{model}_rate", f"{model}_low", f"{model}_high"), share(wrong, len(table)), strict=True))
+        if f"{model}_f1" in table:
+            out |= dict(zip((f"{model}_f1", f"{model}_f1_low", f"{model}_f1_high"), mean_f1(table[f"{model}_f1"]), strict=True))
     return out
 
-# %% ../nbs/lib/14c_errors.ipynb #0cf2916b
+# %% ../nbs/lib/14c_errors.ipynb #12581208
 def draw_rates(
     ax,  # axes of matplotlib
     rates: pd.DataFrame,  # with `_rate`, `_low`, `_high` of both models
@@ -206,7 +219,7 @@ def draw_rates(
     for model, shift in (("teacher", -0.13), ("student", 0.13)):
         rate, low, high = (100 * rates[f"{model}_{c}"].to_numpy(float) for c in ("rate", "low", "high"))
         at, ends = np.arange(len(rates)) + shift, np.abs([rate - low, high - rate])
-        style = dict(fmt="o", ms=5, lw=1.6, color=COLOURS[model], label=model)
+        style = dict(fmt="o", ms=5, lw=1.6, color=COLOURS[model], label=model, clip_on=False, zorder=3)
         ax.errorbar(*((rate, at) if along == "x" else (at, rate)), **{f"{along}err": ends}, **style)
     ax.grid(axis=along, color=f"{INK}44")
     ax.spines[["top", "right"]].set_visible(False)

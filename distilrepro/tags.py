@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WORD', 'RULES', 'CONSTRUCTIONS', 'RARE', 'PIECES', 'ASKED', 'words', 'has', 'rare_words', 'count_words',
            'measure_tokens', 'overlap', 'quarters', 'question_word', 'violation_tags', 'tag_examples', 'tag_run',
-           'tag_rates', 'tag_figure', 'over_represented', 'length_slices', 'slices_figure', 'error_findings']
+           'tag_rates', 'tag_figure', 'odds_text', 'over_represented', 'length_slices', 'slices_figure',
+           'error_findings']
 
 # %% ../nbs/lib/14ca_tags.ipynb #ae71d2b3
 import json
@@ -93,7 +94,7 @@ def measure_tokens(
     most = [[max(Counter(e.word_ids).values(), default=0) for e in part] for part in parts]
     return tokens, np.max(most, axis=0)
 
-# %% ../nbs/lib/14ca_tags.ipynb #1ee131ef
+# %% ../nbs/lib/14ca_tags.ipynb #c899a935
 def overlap(
     first: str,
     second: str,
@@ -105,12 +106,12 @@ def overlap(
 
 def quarters(
     values: np.ndarray,  # [n]
-    low: str,  # name of the tag for the lowest quarter
+    low: str,  # name of the tag for the lowest quarter, with the place of its bound
     high: str,
 ) -> dict[str, np.ndarray]:  # bool [n] by name; empty where the quarters do not differ
-    "Tag the lowest and the highest quarter of some numbers."
-    first, last = np.quantile(values, [0.25, 0.75])
-    return {low: values <= first, high: values >= last} if first < last else {}
+    "Tag the lowest and the highest quarter of some numbers; equal numbers stay together."
+    first, last = np.quantile(values, 0.25, method="lower"), np.quantile(values, 0.75, method="higher")
+    return {low.format(first): values <= first, high.format(last): values >= last} if first < last else {}
 
 
 ASKED = re.compile(r"\b(?:(how) (many|much)|(who|what|which|when|where|why|how)|who(?:m|se))\b", re.I)
@@ -123,7 +124,7 @@ def question_word(
     found = ASKED.search(text)
     return "other" if not found else "how many" if found[1] else (found[3] or "who").lower()
 
-# %% ../nbs/lib/14ca_tags.ipynb #59511b98
+# %% ../nbs/lib/14ca_tags.ipynb #a355fb6d
 def violation_tags(
     truth: pd.Series,  # JSON of each example, as the look-alikes give it
 ) -> dict[str, np.ndarray]:  # float [n] by name: 1, 0, NaN where the sentence is acceptable
@@ -146,10 +147,10 @@ def tag_examples(
     _, pieces = measure_tokens(tokenizer, fields)
     tags = {name: has(rule, joined) for name, rule in RULES.items()}
     tags |= {"rare word": rare_words(joined, seen), f"word of {PIECES} pieces or more": pieces >= PIECES}
-    tags |= quarters(tokens, "shortest quarter", "longest quarter")
+    tags |= quarters(tokens, "short: up to {} tokens", "long: from {} tokens")
     if len(fields) == 2:
         jaccard, inside = zip(*map(overlap, *fields), strict=True)
-        tags |= {"second inside first": np.array(inside)} | quarters(np.array(jaccard), "least overlap", "most overlap")
+        tags |= {"second inside first": np.array(inside)} | quarters(np.array(jaccard), "overlap up to {:.2f}", "overlap from {:.2f}")
     if answers.fields[0].startswith("question"):
         asked = np.array([question_word(q) for q in fields[0]])
         tags |= {f"asks: {word}": asked == word for word in sorted(set(asked))}
@@ -196,7 +197,17 @@ def tag_figure(
     fig.set_label(f"Error rates of teacher and student on {answers.task} by tag, with 95 % intervals. {most}.")
     return fig
 
-# %% ../nbs/lib/14ca_tags.ipynb #12b0d4e8
+# %% ../nbs/lib/14ca_tags.ipynb #37392b1c
+def odds_text(
+    odds: float,  # NaN: nothing to compare
+    low: float,
+    high: float,  # infinite where only tagged examples, or all of them, are wrong
+) -> str:  # `2.59` and, on a second line, `1.14 to 5.43`
+    "Write an odds ratio with its interval."
+    one, a, b = ("∞" if np.isinf(v) else f"{v:.2f}" for v in (odds, low, high))
+    return "–" if np.isnan(odds) else f"{one}\n{a} to {b}"
+
+
 def over_represented(
     table: pd.DataFrame,  # of `Answers`
     tags: pd.DataFrame,  # as `tag_examples` makes them
@@ -250,7 +261,7 @@ def slices_figure(
     fig.set_label(f"Error rates of teacher and student on {answers.task} by length, with 95 % intervals: {said}.")
     return fig
 
-# %% ../nbs/lib/14ca_tags.ipynb #428c191b
+# %% ../nbs/lib/14ca_tags.ipynb #f71a673a
 def _percent(k: int, n: int) -> str:
     "Write a share with its interval, in percent."
     value, low, high = share(k, n)
@@ -264,15 +275,17 @@ def error_findings(
     "Say who is wrong how often and which tags are the student's own."
     t = answers.table
     n, (alone, teacher, both, _) = len(t), (int((t.kind == kind).sum()) for kind in KINDS)
-    measure = "no exact match" if not answers.labels else "wrong"
-    out = [f"The teacher is wrong ({measure}) on {_percent(teacher + both, n)}, the student on {_percent(alone + both, n)}."]
+    measure = "wrong" if answers.labels else "wrong (no exact match)"
+    out = [f"The teacher is {measure} on {_percent(teacher + both, n)}, the student on {_percent(alone + both, n)}."]
     if alone + teacher:
         out.append(f"They differ on {alone + teacher}: of these the student alone is wrong on {_percent(alone, alone + teacher)}; "
                    f"a fair coin would give so uneven a split with p = {binomtest(alone, alone + teacher).pvalue:.2g}.")
     else:
         out.append("Wherever one of them is wrong, so is the other.")
-    alike = [m for m in ("teacher", "student") if answers.labels and t[m].nunique() == 1]
-    out += [f"The {m} gives one answer to everything: {t[m].iloc[0]}." for m in alike]
+    for m in ("teacher", "student") if answers.labels else ():
+        said, times = Counter(t[m]).most_common(1)[0]
+        if times >= 0.95 * n:
+            out.append(f"The {m} answers {said} to {times} of {n}: its errors follow the labels more than the texts.")
     more = weighed[(weighed.p_holm < 0.05) & (weighed.odds > 1)]
     if not weighed.p.notna().any():
         out.append("No tag can be weighed: where the teacher is right, the student errs nowhere or everywhere, or no tag divides them.")
