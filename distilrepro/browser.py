@@ -65,7 +65,7 @@ def fold(
     first = visible(text[:SHOWN].rsplit(" ", 1)[0])
     return f"<details><summary>{escape(first)} …</summary>{escape(whole)}</details>"
 
-# %% ../nbs/lib/14d_browser.ipynb #682399b6
+# %% ../nbs/lib/14d_browser.ipynb #596dad76
 STYLE = (
     ":root{color-scheme:light dark;--bg:#fff;--ink:#1b1b1b;--soft:#595959;--line:#ccc;--hit:#0a5a94}"
     "@media(prefers-color-scheme:dark){:root{--bg:#15181c;--ink:#e4e4e4;--soft:#a8a8a8;--line:#444;--hit:#7fbfee}}"
@@ -76,16 +76,17 @@ STYLE = (
     "input,select,button{font:inherit;color:var(--ink);background:var(--bg);border:1px solid var(--line);border-radius:.3rem;"
     "padding:.35rem .5rem;min-width:0;max-width:100%}"
     ":focus-visible{outline:2px solid var(--hit);outline-offset:1px}table{border-collapse:collapse;width:100%}"
-    "th,td{text-align:left;vertical-align:top;padding:.4rem .5rem;border-bottom:1px solid var(--line);overflow-wrap:anywhere}"
-    "th button{border:none;padding:.2rem 0;font-weight:600;cursor:pointer}"
+    "th,td{text-align:left;vertical-align:top;padding:.4rem .5rem;border-bottom:1px solid var(--line)}"
+    "td{overflow-wrap:anywhere;min-width:6rem}td:first-child{min-width:4rem}"
+    "th button{border:none;padding:.2rem 0;text-align:left;font-weight:600;cursor:pointer}"
     "th[aria-sort=ascending] button::after{content:' ▲'}th[aria-sort=descending] button::after{content:' ▼'}"
     "td small{display:block;color:var(--soft)}td p{margin:0 0 .3rem}summary{cursor:pointer}details[open] summary{color:var(--soft)}"
     "tbody tr{border-left:4px solid transparent}"
     "tr[data-kind='only student wrong']{border-left-color:#de8f05}tr[data-kind='only teacher wrong']{border-left-color:#0173b2}"
     "tr[data-kind='both wrong']{border-left-color:#949494}td:nth-child(6){min-width:20rem}"
     "@media(max-width:700px){table,thead,tbody,tr,td{display:block}thead tr{display:flex;flex-wrap:wrap;gap:0 .8rem}"
-    "th{border:none;padding:0}tbody tr{padding:.5rem;margin:.6rem 0;border-top:1px solid var(--line)}td{border:none;padding:.15rem 0}"
-    "td::before{content:attr(data-name) ': ';color:var(--soft);font-size:.85em}td small{display:inline}td:nth-child(6){min-width:0}}"
+    "th{border:none;padding:0}tbody tr{padding:.5rem;margin:.6rem 0;border-top:1px solid var(--line)}td{border:none;padding:.15rem 0;"
+    "min-width:0!important}td::before{content:attr(data-name) ': ';color:var(--soft);font-size:.85em}td small{display:inline}}"
 )
 SCRIPT = """
 const body = document.querySelector("tbody"), rows = [...body.rows], heads = [...document.querySelectorAll("th")];
