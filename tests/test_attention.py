@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
 
 from distilrepro.attention import (
     answer_one,
@@ -14,14 +14,13 @@ from distilrepro.attention import (
     attention_maps,
     choose_case,
     least_sure,
-    load_eager,
     pick_map,
-    probabilities,
     set_lines,
     state_case,
     telling_mistake,
 )
 from distilrepro.config import UserError
+from distilrepro.pair import load_eager
 
 SHAPE = dict(vocab_size=50, num_labels=3, max_position_embeddings=64)
 BERT = BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, **SHAPE)
@@ -32,8 +31,7 @@ EXAMPLE = dict(input_ids=np.array([2, 7, 9, 4, 3, 8, 3]), token_type_ids=np.arra
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    for name, model in (("bert", BertForSequenceClassification(BERT)), ("distil", DistilBertForSequenceClassification(DISTIL)),
-                        ("mlm", BertForMaskedLM(BERT))):
+    for name, model in (("bert", BertForSequenceClassification(BERT)), ("distil", DistilBertForSequenceClassification(DISTIL))):
         model.save_pretrained(root / name)
     return root
 
@@ -74,13 +72,6 @@ def test_token_types_reach_the_teacher(folders):
     model = load_eager(folders / "bert")
     other = EXAMPLE | {"token_type_ids": np.zeros(7, int)}
     assert not torch.allclose(attention_maps(model, EXAMPLE), attention_maps(model, other))
-
-
-def test_a_model_without_a_trained_head_is_refused(folders):
-    with pytest.raises(UserError, match="lacks.*classifier.weight"):
-        load_eager(folders / "mlm")
-    with pytest.raises(UserError, match="no model in"):
-        load_eager(folders / "nothing")
 
 
 def test_answers_equal_the_models_softmax(folders):
@@ -139,14 +130,6 @@ def test_tables_of_other_examples_or_of_scores_are_refused():
     for b in (a.iloc[:1], a.assign(label=[1, 1]), a.assign(id=[5, 6])):
         with pytest.raises(UserError, match="not asked the same examples"):
             telling_mistake(a, b)
-    with pytest.raises(UserError, match="regression"):
-        probabilities(pd.DataFrame({"id": [1], "label": [2.5], "prediction": [2.0]}))
-
-
-def test_class_ten_does_not_come_before_class_two():
-    logits = np.arange(12.0)[None]
-    shuffled = table([0], logits)[["id", "label", "prediction", *sorted(f"logit_{c}" for c in range(12))]]
-    assert (np.diff(probabilities(shuffled)[0]) > 0).all()
 
 
 tokens = st.lists(st.sampled_from(["a", "film", "un", "##read", "##able", "##s", "wonderful", "."]), min_size=1, max_size=80)
