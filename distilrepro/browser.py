@@ -65,7 +65,7 @@ def fold(
     first = visible(text[:SHOWN].rsplit(" ", 1)[0])
     return f"<details><summary>{escape(first)} …</summary>{escape(whole)}</details>"
 
-# %% ../nbs/lib/14d_browser.ipynb #596dad76
+# %% ../nbs/lib/14d_browser.ipynb #a730b767
 STYLE = (
     ":root{color-scheme:light dark;--bg:#fff;--ink:#1b1b1b;--soft:#595959;--line:#ccc;--hit:#0a5a94}"
     "@media(prefers-color-scheme:dark){:root{--bg:#15181c;--ink:#e4e4e4;--soft:#a8a8a8;--line:#444;--hit:#7fbfee}}"
@@ -88,6 +88,8 @@ STYLE = (
     "th{border:none;padding:0}tbody tr{padding:.5rem;margin:.6rem 0;border-top:1px solid var(--line)}td{border:none;padding:.15rem 0;"
     "min-width:0!important}td::before{content:attr(data-name) ': ';color:var(--soft);font-size:.85em}td small{display:inline}}"
 )
+
+# %% ../nbs/lib/14d_browser.ipynb #3351e7eb
 SCRIPT = """
 const body = document.querySelector("tbody"), rows = [...body.rows], heads = [...document.querySelectorAll("th")];
 const texts = rows.map(row => row.textContent.toLowerCase()), order = new Intl.Collator("en", {numeric: true});
