@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_eager', 'shared_tokenizer', 'read_texts', 'probabilities', 'stored_answers', 'check_model', 'Pair',
-           'pair_folders', 'load_pair']
+           'pair_folders', 'load_pair', 'state_case']
 
 # %% ../nbs/lib/13z_pair.ipynb #33616bab
 from dataclasses import dataclass
@@ -145,3 +145,22 @@ def load_pair(
             answers[name] = stored_answers(run, name, job, rows)
             check_model(models[name], job, rows, answers[name], tokenizer.pad_token_id)
     return Pair(job, folders, answers, rows, read_texts(run.settings.data, job, [r["id"] for r in rows]), tokenizer)
+
+# %% ../nbs/lib/13z_pair.ipynb #16431126
+def state_case(
+    pair: Pair,  # of a task with classes
+    chosen: int,  # id of the example
+    why: str,  # how it was chosen
+) -> pd.DataFrame:  # one row a fact
+    "State an example, its label and both answers; raises `UserError` for an id that was not asked."
+    at = next((i for i, row in enumerate(pair.rows) if row["id"] == chosen), None)
+    if at is None:
+        ids = [row["id"] for row in pair.rows]
+        raise UserError(f"no example {chosen} among the {len(ids)} evaluated ones of {pair.task.name}; expected an id such as {ids[:3]}")
+    parts = pair.tokenizer.decode(pair.rows[at]["input_ids"]).removeprefix("[CLS]").split("[SEP]")
+    labels, text = pair.task.labels, " / ".join(p.strip() for p in parts if p.strip())
+    facts = {"chosen": why, "text": text, "label": labels[pair.rows[at]["label"]]}
+    for model in ("teacher", "student"):
+        p = probabilities(pair.answers[model].iloc[[at]])[0]
+        facts[model] = f"{labels[p.argmax()]} (probability {p.max():.2f})"
+    return pd.DataFrame({"": facts})

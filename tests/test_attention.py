@@ -1,4 +1,7 @@
 """Attention: maps against the formula and a hook, the choice of the mistake against a plain loop, pictures by their contents."""
+import itertools
+import weakref
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,15 +12,18 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
 
 from distilrepro.attention import (
-    answer_one,
     attention_figure,
     attention_maps,
+    attention_modules,
     choose_case,
     least_sure,
+    matched_layers,
     pick_map,
+    rollout,
+    rows_figure,
     set_lines,
-    state_case,
     telling_mistake,
+    widest,
 )
 from distilrepro.config import UserError
 from distilrepro.pair import load_eager
@@ -25,13 +31,15 @@ from distilrepro.pair import load_eager
 SHAPE = dict(vocab_size=50, num_labels=3, max_position_embeddings=64)
 BERT = BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, **SHAPE)
 DISTIL = DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, **SHAPE)
+DEEP = BertConfig(**BERT.to_dict() | dict(num_hidden_layers=8))
 EXAMPLE = dict(input_ids=np.array([2, 7, 9, 4, 3, 8, 3]), token_type_ids=np.array([0, 0, 0, 0, 0, 1, 1]), label=0)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    for name, model in (("bert", BertForSequenceClassification(BERT)), ("distil", DistilBertForSequenceClassification(DISTIL))):
+    for name, model in (("bert", BertForSequenceClassification(BERT)), ("distil", DistilBertForSequenceClassification(DISTIL)),
+                        ("deep", BertForSequenceClassification(DEEP))):
         model.save_pretrained(root / name)
     return root
 
@@ -74,11 +82,115 @@ def test_token_types_reach_the_teacher(folders):
     assert not torch.allclose(attention_maps(model, EXAMPLE), attention_maps(model, other))
 
 
-def test_answers_equal_the_models_softmax(folders):
-    model = load_eager(folders / "distil")
-    logits = model(torch.as_tensor(EXAMPLE["input_ids"])[None]).logits[0].tolist()
-    expected = np.exp(logits) / np.exp(logits).sum()
-    assert answer_one(model, EXAMPLE) == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("name, layers", [("bert", 3), ("distil", 2)])
+def test_maps_are_those_of_the_stock_output(folders, name, layers):
+    model = load_eager(folders / name)
+    inputs = {k: torch.as_tensor(EXAMPLE[k])[None] for k in ("input_ids", "token_type_ids")[: 2 if name == "bert" else 1]}
+    with torch.no_grad():
+        stock = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0]
+    assert torch.allclose(attention_maps(model, EXAMPLE), stock, atol=1e-6)
+    assert torch.equal(attention_maps(model, EXAMPLE, [layers - 1]), attention_maps(model, EXAMPLE)[-1:])
+    for wrong in ([layers], [-1], []):
+        with pytest.raises(UserError, match=f"there are {layers} layers"):
+            attention_maps(model, EXAMPLE, wrong)
+
+
+def alive(model, call):
+    "The most maps alive at once while a call runs."
+    born, most = [], [0]
+
+    def count(_module, _args, out):
+        born.append(weakref.ref(out[1].untyped_storage()))
+        most.append(sum(r() is not None for r in born))
+    handles = [m.register_forward_hook(count) for m in attention_modules(model)]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(most)
+
+
+def test_long_inputs_hold_no_more_maps_than_were_asked_for(folders):
+    model = load_eager(folders / "deep")
+    example = dict(input_ids=np.arange(60) % 50)
+    with torch.no_grad():
+        ids = torch.as_tensor(example["input_ids"])[None]
+        assert alive(model, lambda: model(ids, output_attentions=True)) == 8, "the stock model keeps all: the count can fail"
+    assert alive(model, lambda: attention_maps(model, example, [5])) == 2, "the asked one and the one at work"
+    assert alive(model, lambda: attention_maps(model, example, [0, 5])) == 3
+    assert alive(model, lambda: rollout(model, example)) == 1
+
+
+def test_hooks_do_not_stay_behind(folders):
+    model = load_eager(folders / "bert")
+    attention_maps(model, EXAMPLE), rollout(model, EXAMPLE)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UserError):
+        rollout(model, EXAMPLE)
+    assert not any(m._forward_hooks for m in attention_modules(model))
+
+
+@pytest.mark.parametrize("name, layers", [("bert", 3), ("distil", 2)])
+def test_rollout_is_the_sum_over_all_paths(folders, name, layers):
+    model, n = load_eager(folders / name), 4
+    example = {k: v[:n] for k, v in EXAMPLE.items() if k != "label"}
+    maps = attention_maps(model, example).numpy()
+    naive = np.zeros((n, n))
+    for path in itertools.product(range(n), repeat=layers + 1):  # from the last layer's token down to the input's
+        weight = 1.0
+        for step, (i, j) in enumerate(itertools.pairwise(path)):
+            attended = sum(maps[layers - 1 - step, head, i, j] for head in range(4)) / 4
+            weight *= 0.5 * attended + 0.5 * (i == j)
+        naive[path[0], path[-1]] += weight
+    assert rollout(model, example) == pytest.approx(naive, abs=1e-6)
+
+
+def test_models_of_another_family_are_named():
+    with pytest.raises(UserError, match="no attention to look at in a Linear; expected a BERT"):
+        attention_maps(torch.nn.Linear(2, 2), EXAMPLE)
+
+
+def test_matched_layers_are_those_the_student_was_copied_from(folders):
+    student, teacher = load_eager(folders / "distil"), load_eager(folders / "deep")
+    assert matched_layers(student, teacher) == [(0, 0), (1, 7)]
+    assert matched_layers(student, teacher, "last") == [(0, 6), (1, 7)]
+    with pytest.raises(UserError, match="has only 2 layers"):
+        matched_layers(teacher, student)
+
+
+@pytest.mark.parametrize("length", [3, 24, 25, 200])
+def test_columns_hide_nothing(length):
+    rows = dict(teacher=random_map(length)[:2], student=random_map(length, 1)[:3])
+    tokens = [f"t{i}" for i in range(length)]
+    kept, names = widest(rows, tokens)
+    assert len(names) == min(length, 24) and kept["student"].shape == (3, len(names))
+    assert all(np.allclose(w.sum(1), 1) for w in kept.values())
+    if length > 24:
+        top = max(range(length), key=lambda i: max(w[:, i].max() for w in rows.values()))
+        at = names.index(f"t{top} ({top})")
+        assert np.array_equal(kept["teacher"][:, at], rows["teacher"][:, top]) and names[-1] == f"{length - 23} others"
+
+
+@pytest.mark.parametrize("length", [3, 10, 200])
+def test_rows_of_all_heads_are_labelled_and_not_swapped(length):
+    tokens = ["[CLS]", *["good", "##ness", "film"] * length][:length - 1] + ["[SEP]"]
+    rows = dict(student=random_map(length)[:2], teacher=random_map(length, 1)[:3])
+    names = dict(student=["head 1", "head 2"], teacher=["head 1", "head 2", "head 3"])
+    fig = rows_figure(rows["student"], rows["teacher"], names, tokens, "last layer")
+    try:
+        shown = {ax.get_title(): ax for ax in fig.axes[:2]}
+        for model, ax in shown.items():
+            assert [t.get_text() for t in ax.get_yticklabels()] == names[model]
+            assert np.asarray(ax.images[0].get_array()) == pytest.approx(widest(dict(teacher=rows["teacher"], student=rows["student"]),
+                                                                                tokens)[0][model])
+        assert shown["teacher"].images[0].norm is shown["student"].images[0].norm, "one colour scale for both"
+        assert f"of {length} tokens, last layer" in fig.get_label()
+        fig.canvas.draw()
+        with pytest.raises(UserError, match=f"do not match {length} tokens"):
+            rows_figure(rows["student"], rows["teacher"][:, 1:], names, tokens, "")
+    finally:
+        plt.close(fig)
 
 
 def test_layers_and_heads_out_of_range_are_named():
@@ -179,12 +291,3 @@ def test_teacher_and_student_are_not_swapped():
 def test_maps_of_another_example_are_refused():
     with pytest.raises(UserError, match="do not match 4 tokens"):
         attention_figure(random_map(4), random_map(5), list("abcd"))
-
-
-def test_case_is_stated_with_names_of_classes():
-    class Tokenizer:
-        def decode(self, ids):
-            return "[CLS] is it? [SEP] it is. [SEP]"
-    facts = state_case(np.array([0.3, 0.7]), np.array([0.9, 0.1]), ("entailment", "not_entailment"), EXAMPLE, Tokenizer(), "why")
-    assert facts[""].to_dict() == dict(chosen="why", text="is it? / it is.", label="entailment",
-                                       teacher="entailment (probability 0.90)", student="not_entailment (probability 0.70)")

@@ -1,4 +1,5 @@
 """A pair: answers in the order of the examples, checked against the saved models; everything that does not fit is refused."""
+import dataclasses
 import json
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import (
 
 from distilrepro.config import UserError, finetune_for, load_settings
 from distilrepro.finetune import evaluate_model
-from distilrepro.pair import load_eager, load_pair, probabilities, shared_tokenizer
+from distilrepro.pair import load_eager, load_pair, probabilities, shared_tokenizer, state_case
 from distilrepro.records import create_run, read_predictions, write_predictions
 from distilrepro.sources import load_tokenizer
 from distilrepro.stages import tuned_folder
@@ -145,3 +146,22 @@ def test_class_ten_does_not_come_before_class_two():
     assert (np.diff(probabilities(table)[0]) > 0).all()
     with pytest.raises(UserError, match="regression"):
         probabilities(pd.DataFrame({"id": [1], "label": [2.5], "prediction": [2.0]}))
+
+
+def test_a_case_is_stated_with_names_of_classes(run):
+    pair = load_pair(run, "sst2")
+    row, p = pair.rows[4], probabilities(pair.answers["teacher"])[4]
+    facts = state_case(pair, row["id"], "why")[""]
+    assert facts.to_dict() == facts.to_dict() | dict(chosen="why", label=("negative", "positive")[row["label"]])
+    assert facts["teacher"] == f"{('negative', 'positive')[p.argmax()]} (probability {p.max():.2f})"
+    assert facts["text"].replace(" ", "") == pair.texts.sentence[4].replace(" ", "")
+    with pytest.raises(UserError, match="no example -1 among the 30 evaluated ones of sst2"):
+        state_case(pair, -1, "")
+
+
+def test_both_parts_of_a_pair_of_sentences_are_stated(run):
+    pair = load_pair(run, "stsb")
+    first, second = pair.texts.loc[0, ["sentence1", "sentence2"]]
+    classes = dataclasses.replace(pair, task=get_task("mrpc"), rows=[r | dict(label=1) for r in pair.rows],
+                                  answers={m: t.assign(logit_0=0.0, logit_1=1.0) for m, t in pair.answers.items()})
+    assert state_case(classes, pair.rows[0]["id"], "").loc["text", ""].replace(" ", "") == f"{first}/{second}".replace(" ", "")
