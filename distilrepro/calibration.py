@@ -147,7 +147,7 @@ def reliability(
         rows.append(dict(bin=int(b), n=n, confidence=confidence[place == b].mean(), accuracy=hits / n, low=ends.low, high=ends.high))
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/14f_calibration.ipynb #6193bd46
+# %% ../nbs/lib/14f_calibration.ipynb #bf3d7ddd
 def draw_reliability(
     ax: Axes,  # of the points
     below: Axes,  # of the counts
@@ -168,7 +168,7 @@ def draw_reliability(
         ax.spines[side].set_visible(False)
         below.spines[side].set_visible(False)
 
-
+# %% ../nbs/lib/14f_calibration.ipynb #b1f06f08
 def reliability_figure(
     answers: Answers,
     seed: int = 0,  # of the split in halves
