@@ -273,7 +273,7 @@ def attribution_figure(
     fig.set_label(f"Attribution of both answers to {len(words)} words{few}. Largest: {said}.")
     return fig
 
-# %% ../nbs/lib/14a_attribution.ipynb #f7a53fd0
+# %% ../nbs/lib/14a_attribution.ipynb #b5e8f679
 def deletion_figure(
     seen: dict[str, pd.DataFrame],  # by model, `teacher` and `student`: as `study` gives it
 ) -> Figure:  # its label is the description in words
@@ -291,7 +291,8 @@ def deletion_figure(
         ax.set_title(f"{model} (n = {curves.shape[1]})", color=COLOURS[model], fontsize=10)
         ax.set(xlabel="% of the words masked", ylim=(0, 1.02))
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8, loc="lower left")
     axes[0, 0].set_ylabel("probability of its own answer")
+    keys = [plt.Line2D([], [], color=INK, ls=line, label=method) for method, (_, line) in looks.items()]
+    fig.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     fig.set_label(f"Deletion curves. Mean probability with no word and with {SHARES[3]:.0%} of the words masked: {'; '.join(said)}.")
     return fig
