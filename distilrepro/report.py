@@ -53,14 +53,14 @@ def _text(value) -> str:
     "Join what a notebook stores as a list of lines."
     return "".join(value) if isinstance(value, list) else str(value)
 
-# %% ../nbs/lib/15z_report.ipynb #bbb08db1
+# %% ../nbs/lib/15z_report.ipynb #1a154b82
 def show_output(
     data: dict,  # an output of a cell, by MIME type
     alt: str,  # in words, for a picture that does not bring its own
 ) -> str | None:  # HTML; None for what is neither table nor picture, and for what would run code
     "Turn one output into HTML that needs nothing else."
     if "text/html" in data:
-        text = _text(data["text/html"])
+        text = _text(data["text/html"]).replace('href="../tables/', 'href="tables/')  # the report lies a folder higher than notebooks
         return None if re.search(r"<script|<iframe|\son\w+\s*=|https?://[^\"'\s]+\.js", text, re.I) else f'<div class="scroll">{text}</div>'
     for kind in ("image/svg+xml", "image/png"):
         if kind in data:
@@ -92,11 +92,11 @@ def read_section(
             pending = None
     return Section(path.stem, title, subtitle, parts)
 
-# %% ../nbs/lib/15z_report.ipynb #bf678c0e
+# %% ../nbs/lib/15z_report.ipynb #f0dde121
 EXPECTED = (  # the paper, the three reproductions, the claims; then a look inside and the curves of the two pretrainings
     "t1_glue", "t2_downstream", "t3_speed", "forms", "t4_ablation", "cornell_t1", "cornell_t2", "cornell_f1", "cornell_f2", "f4_tasks",
-    "f5_parameters", "tiny_t1", "tiny_t2", "tiny_t3", "tiny_examples", "sst2_zeroshot", "claims", "a1_attention", "s01_teacher",
-    "s02_distil",
+    "f5_parameters", "tiny_t1", "tiny_t2", "tiny_t3", "tiny_examples", "sst2_zeroshot", "claims", "a1_attention", "a2_attribution",
+    "a3_likeness", "a4_errors", "a4_errors-squad", "a5_fidelity", "a6_datamaps", "s01_teacher", "s02_distil",
 )
 
 
