@@ -6,7 +6,7 @@
 __all__ = ['targets_key', 'places', 'StoredTargets', 'open_targets', 'store_targets', 'TaughtBatch', 'stored_objective',
            'int8_teacher', 'targets_kl', 'objective_for']
 
-# %% ../nbs/lib/09b_targets.ipynb #f7f5ba31
+# %% ../nbs/lib/09b_targets.ipynb #df979ac9
 import copy
 import json
 import shutil
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import Loss, UserError
 from .corpus import TokenStore
