@@ -62,7 +62,7 @@ def mask_words(
     ids[np.concatenate([*groups, np.zeros(0, int)])] = mask_id
     return example | {"input_ids": ids}
 
-# %% ../nbs/lib/14a_attribution.ipynb #17a58788
+# %% ../nbs/lib/14a_attribution.ipynb #cf9a2875
 def log_odds(
     model: nn.Module,
     names: list[str],  # of the inputs after `input_ids`
@@ -88,7 +88,7 @@ def change(
         ends = [log_odds(model, list(i)[1:], target)(*i.values()).item() for i in (as_inputs(model, e) for e in (example, masked))]
     return ends[0] - ends[1]
 
-
+# %% ../nbs/lib/14a_attribution.ipynb #b4c3f359
 def integrated_gradients(
     model: nn.Module,  # in eval mode
     example: dict,  # encoded

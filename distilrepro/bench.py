@@ -8,7 +8,7 @@ __all__ = ['SQUARE', 'ALLOCATORS', 'START', 'NO_BF16', 'UNITS', 'EXACT', 'AT_MOS
            'race', 'entries', 'size_of', 'setting_name', 'as_records', 'ratio_table', 'exact_records', 'step_parts',
            'part_records', 'measured', 'bar_table', 'race_figure']
 
-# %% ../nbs/lib/13d_bench.ipynb #834e516a
+# %% ../nbs/lib/13d_bench.ipynb #ce0375fd
 import multiprocessing
 import os
 import time
@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -116,7 +118,18 @@ def environment(
         for k, v in before.items():
             os.environ.pop(k) if v is None else os.environ.update({k: v})
 
-# %% ../nbs/lib/13d_bench.ipynb #7571c01e
+# %% ../nbs/lib/13d_bench.ipynb #8d8194be
+def _launch(kind: type[Contender], work: Work, steps: int, allocator: str, cores: tuple[int, ...]) -> tuple[BaseProcess, Connection]:
+    "Start a contender's process with the environment it needs; returns it and our end of its pipe."
+    pipe, theirs = (context := multiprocessing.get_context(START)).Pipe()
+    process = context.Process(target=serve, args=(theirs, kind, work, steps, cores), daemon=True)
+    fixed = dict(OMP_NUM_THREADS=str(work.threads), TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+    with environment(**fixed, **ALLOCATORS[allocator]):
+        process.start()
+    theirs.close()  # ours of the child's end: when the child dies, reading must fail
+    return process, pipe
+
+# %% ../nbs/lib/13d_bench.ipynb #af0d5cbf
 class Racer:
     "A contender in a process of its own, as the coordinator sees it."
 
@@ -130,12 +143,7 @@ class Racer:
         cores: tuple[int, ...] = (),  # to keep to; empty: any
     ):
         self.name, self.work, self.turns = name, work, []
-        self.pipe, theirs = (context := multiprocessing.get_context(START)).Pipe()
-        self.process = context.Process(target=serve, args=(theirs, kind, work, steps, cores), daemon=True)
-        fixed = dict(OMP_NUM_THREADS=str(work.threads), TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
-        with environment(**fixed, **ALLOCATORS[allocator]):
-            self.process.start()
-        theirs.close()  # ours of the child's end: when the child dies, reading must fail
+        self.process, self.pipe = _launch(kind, work, steps, allocator, cores)
 
     def hear(self) -> dict:
         "Wait for the next message; raises `RuntimeError` that names a contender that failed or died."

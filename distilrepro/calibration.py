@@ -7,7 +7,7 @@ __all__ = ['BINS', 'bin_edges', 'place_in_bins', 'ece', 'honest_ece', 'brier_ter
            'measure', 'calibration_table', 'reliability', 'draw_reliability', 'reliability_figure',
            'calibration_sentences']
 
-# %% ../nbs/lib/14f_calibration.ipynb #591eb01f
+# %% ../nbs/lib/14f_calibration.ipynb #f34e709b
 import hashlib
 
 import matplotlib.pyplot as plt
@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 
 from .attention import COLOURS, INK
 from .config import UserError
-from .fidelity import Answers
+from .fidelity import SeedRuns
 
 # %% ../nbs/lib/14f_calibration.ipynb #8f7b5163
 BINS = 15
@@ -103,7 +103,7 @@ def fit_temperature(
     found = minimize_scalar(lambda log_t: nll(logits / np.exp(log_t), label), bounds=ends, method="bounded", options={"xatol": 1e-4})
     return float(np.exp(found.x))
 
-# %% ../nbs/lib/14f_calibration.ipynb #ad4564f9
+# %% ../nbs/lib/14f_calibration.ipynb #f363ec46
 def measure(
     logits: np.ndarray,  # (n, classes)
     label: np.ndarray,  # (n,)
@@ -119,7 +119,7 @@ def measure(
 
 
 def calibration_table(
-    answers: Answers,
+    answers: SeedRuns,
     seed: int = 0,  # of the split in halves
 ) -> pd.DataFrame:  # a row for each model, run and `scaled`: temperature, n_fit, n, and what `measure` gives
     "Measure calibration before and after temperature scaling, on examples that the temperature was not fitted on."
@@ -168,9 +168,9 @@ def draw_reliability(
         ax.spines[side].set_visible(False)
         below.spines[side].set_visible(False)
 
-# %% ../nbs/lib/14f_calibration.ipynb #b1f06f08
+# %% ../nbs/lib/14f_calibration.ipynb #4dff2f86
 def reliability_figure(
-    answers: Answers,
+    answers: SeedRuns,
     seed: int = 0,  # of the split in halves
 ) -> Figure:  # its label is the description in words
     "Draw teacher and student (the first run of each) before and after temperature scaling, on the reported half."
@@ -196,9 +196,9 @@ def reliability_figure(
     plt.close(fig)  # shown by whoever asks, once
     return fig
 
-# %% ../nbs/lib/14f_calibration.ipynb #731191ac
+# %% ../nbs/lib/14f_calibration.ipynb #6f9e67b7
 def calibration_sentences(
-    answers: Answers,
+    answers: SeedRuns,
     seed: int = 0,  # of the split in halves
 ) -> list[str]:
     "Say how honest each model is about its confidence, before and after scaling."

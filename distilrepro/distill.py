@@ -221,7 +221,7 @@ def pick_device() -> torch.device:
     "Take the GPU if there is one."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/lib/09_distill.ipynb #86d155d1
+# %% ../nbs/lib/09_distill.ipynb #c451fd5d
 def fit(
     model: nn.Module,  # trained in place
     objective: Objective,
@@ -235,8 +235,7 @@ def fit(
     def plan(epoch): return plan_epoch(objective.lengths, loop.batch, loop.seed, epoch, loop.length_groups)
     per_epoch, total = planned_updates(loop, len(plan(0)))
     keep_memory()
-    device = pick_device()
-    optimizer = adamw(model.to(device), loop)
+    optimizer = adamw(model.to(device := pick_device()), loop)
     done, log, values = load_checkpoint(folder, model, optimizer, key) if folder else (0, [], {})
     meter = Meter(values)
     def measure(step):

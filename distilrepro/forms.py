@@ -162,7 +162,7 @@ def form_points(
     score = 100 * records[records.metric == "score"].set_index(["model", "form"]).value.rename("score")
     return pd.concat([speed, score], axis=1).reset_index()
 
-# %% ../nbs/lib/15j_forms.ipynb #2eca03f9
+# %% ../nbs/lib/15j_forms.ipynb #73cae0ce
 def _draw_bars(
     ax: plt.Axes,
     points: pd.DataFrame,  # as `form_points` gives them
@@ -188,7 +188,7 @@ def _no_forms(text: str) -> Figure:
     plt.close(fig)
     return fig
 
-
+# %% ../nbs/lib/15j_forms.ipynb #dbd36316
 def forms_figure(
     run: Run,
 ) -> Figure:

@@ -206,7 +206,7 @@ def compare_inside(
     total = parts[0] + parts[1]
     return Likeness(chosen, divergences, heads, *linear_cka(total), tuple(linear_cka(p)[0] for p in parts), total.n)
 
-# %% ../nbs/lib/14b_likeness.ipynb #f03a072f
+# %% ../nbs/lib/14b_likeness.ipynb #ae24af85
 def held_out(
     run: Run,
     count: int,  # sequences
@@ -237,7 +237,7 @@ def student_stages(
             yield "on the way", step, as_encoder(student)
     yield "distilled", end, load_encoder(checkpoints / "student")
 
-
+# %% ../nbs/lib/14b_likeness.ipynb #8690b0c3
 def compare_stages(
     run: Run,
     stages: Iterator[tuple[str, float, nn.Module]],  # as `student_stages` yields them

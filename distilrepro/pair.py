@@ -101,7 +101,7 @@ def check_model(
         raise UserError(f"the saved model does not give the stored answers on {task.name} (off by {np.abs(old - new).max():.2f}); "
                         "expected predictions of this very checkpoint; run the fine-tuning stage again")
 
-# %% ../nbs/lib/13z_pair.ipynb #f3b151c7
+# %% ../nbs/lib/13z_pair.ipynb #eb2995b4
 @dataclass(frozen=True)
 class Pair:
     "A fine-tuned student and teacher, and the examples both answered."
@@ -123,7 +123,7 @@ def pair_folders(
         raise unknown(f"task in run {run.name}", task.name, run.settings.grid.tasks)
     return {m: Path(f).expanduser() if f else tuned_folder(run, m, task.name) for m, f in given.items()}
 
-
+# %% ../nbs/lib/13z_pair.ipynb #88de23c7
 def load_pair(
     run: Run,  # whose data and fine-tuning settings are used
     task: str,  # any but SQuAD

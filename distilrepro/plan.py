@@ -65,7 +65,7 @@ def ablation_jobs(
     notebook, needs = "stages/s05_ablation.ipynb", ("s01_teacher",)
     return [Job(f"s05_ablation-{i}", notebook, needs, dict(students=g), threads) for i, g in enumerate(groups, 1)]
 
-# %% ../nbs/lib/13b_plan.ipynb #b3708a3c
+# %% ../nbs/lib/13b_plan.ipynb #187fd1c6
 TABLES = {  # table or figure -> the stages it reads
     "t1_glue": ("s03",), "t2_downstream": ("s03",), "t3_speed": ("s04",), "t4_ablation": ("s02", "s05"),
     "f4_tasks": ("s03",), "f5_parameters": ("s04",), "cornell_t1": ("s03",), "cornell_t2": ("s04",), "cornell_f1": ("s04",),
@@ -73,7 +73,7 @@ TABLES = {  # table or figure -> the stages it reads
     "sst2_zeroshot": ("s03", "s06"), "claims": ("s03", "s04"), "forms": ("s07",),
 }
 
-
+# %% ../nbs/lib/13b_plan.ipynb #94b80aef
 ANALYSES = ("a1_attention", "a2_attribution", "a4_errors", "a5_fidelity", "a6_datamaps")  # of a task
 
 
@@ -88,7 +88,7 @@ def analysis_jobs(
     out += [Job(name, f"analysis/{name}.ipynb", tuned, dict(task=t)) for name in ANALYSES for t in shown]
     return out + [Job("a4_errors-squad", "analysis/a4_errors.ipynb", tuned, dict(task="squad"))] * ("squad" in tasks)
 
-
+# %% ../nbs/lib/13b_plan.ipynb #e9076e71
 def asks_for_forms(
     settings: Settings,
 ) -> bool:

@@ -124,7 +124,7 @@ def question_word(
     found = ASKED.search(text)
     return "other" if not found else "how many" if found[1] else (found[3] or "who").lower()
 
-# %% ../nbs/lib/14ca_tags.ipynb #a355fb6d
+# %% ../nbs/lib/14ca_tags.ipynb #1e070c72
 def violation_tags(
     truth: pd.Series,  # JSON of each example, as the look-alikes give it
 ) -> dict[str, np.ndarray]:  # float [n] by name: 1, 0, NaN where the sentence is acceptable
@@ -158,7 +158,7 @@ def tag_examples(
         tags |= violation_tags(t.truth) if "truth" in t else {name: has(rule, joined) for name, rule in CONSTRUCTIONS.items()}
     return pd.DataFrame(tags).astype(float), tokens
 
-
+# %% ../nbs/lib/14ca_tags.ipynb #fab36be5
 def tag_run(
     run: Run,
     answers: Answers,  # to a task of the run

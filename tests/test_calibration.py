@@ -23,7 +23,7 @@ from distilrepro.calibration import (
     reliability_figure,
 )
 from distilrepro.config import UserError
-from distilrepro.fidelity import Answers
+from distilrepro.fidelity import SeedRuns
 
 
 def honest(n, classes=3, width=2.0, seed=0):
@@ -37,7 +37,7 @@ def answers(n=300, classes=3, scale=(1.0, 3.0), seeds=2):
     "A teacher that is honest and a student that shouts."
     runs = [honest(n, classes, seed=0)] * seeds
     logits = {m: np.stack([k * r[0] for r in runs]) for m, k in zip(("teacher", "student"), scale, strict=True)}
-    return Answers("made", np.arange(n), runs[0][1], {m: list(range(1, seeds + 1)) for m in logits}, logits)
+    return SeedRuns("made", np.arange(n), runs[0][1], {m: list(range(1, seeds + 1)) for m in logits}, logits)
 
 
 def loop_ece(confidence, right, edges):
@@ -139,7 +139,7 @@ def test_the_table_fits_on_one_half_and_reports_the_other():
     assert row.temperature == pytest.approx(fit_temperature(a.logits["student"][0][fit], a.label[fit]))
     changed = a.label.copy()
     changed[~fit] = 0
-    other = calibration_table(Answers(a.task, a.ids, changed, a.seeds, a.logits))
+    other = calibration_table(SeedRuns(a.task, a.ids, changed, a.seeds, a.logits))
     assert (other.temperature == made.temperature).all(), "reported labels do not reach the temperature"
     assert (other.brier != made.brier).all()
 

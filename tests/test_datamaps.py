@@ -7,8 +7,17 @@ from scipy.special import softmax
 from scipy.stats import spearmanr
 
 from distilrepro.config import UserError, load_settings
-from distilrepro.datamaps import always_wrong, data_map, data_maps, datamap_sentences, map_figure, overlap, shared_difficulty, texts_of
-from distilrepro.fidelity import Answers
+from distilrepro.datamaps import (
+    always_wrong,
+    data_map,
+    data_maps,
+    datamap_sentences,
+    map_figure,
+    shared_difficulty,
+    shared_failures,
+    texts_of,
+)
+from distilrepro.fidelity import SeedRuns
 from distilrepro.records import create_run
 from distilrepro.sources import load_split
 
@@ -18,7 +27,7 @@ def drawn(students=3, teachers=3, n=50, classes=3, seed=0):
     rng = np.random.default_rng(seed)
     logits = {m: rng.normal(size=(k, n, classes)) for m, k in (("student", students), ("teacher", teachers))}
     seeds = {m: list(range(1, len(v) + 1)) for m, v in logits.items()}
-    return Answers("made", 100 + np.arange(n), rng.integers(0, classes, n), seeds, logits)
+    return SeedRuns("made", 100 + np.arange(n), rng.integers(0, classes, n), seeds, logits)
 
 
 def test_a_map_is_that_of_a_loop_over_runs_and_examples():
@@ -60,7 +69,7 @@ def test_always_wrong_means_every_run_of_both_the_surest_first():
 
 
 def test_overlap_by_chance_is_met_by_unrelated_models():
-    counts = overlap(data_maps(drawn(2, 2, 4000, 2)))
+    counts = shared_failures(data_maps(drawn(2, 2, 4000, 2)))
     assert counts["expected"] == pytest.approx(counts["teacher"] * counts["student"] / 4000)
     assert counts["both"] == pytest.approx(counts["expected"], rel=0.2)
 
@@ -89,7 +98,7 @@ def test_the_picture_holds_every_example_once_and_its_legend_counts_them():
 def test_words_and_pictures_hold_when_nobody_is_ever_wrong():
     a = drawn(2, 2, 30)
     sure = {m: np.tile(9.0 * np.eye(3)[a.label], (2, 1, 1)) for m in a.logits}
-    a = Answers(a.task, a.ids, a.label, a.seeds, sure)
+    a = SeedRuns(a.task, a.ids, a.label, a.seeds, sure)
     assert always_wrong(data_maps(a)).empty and "always right on 30 of 30" in datamap_sentences(a)[0]
     assert len(map_figure(a).axes) == 2
 

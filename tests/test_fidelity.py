@@ -11,7 +11,7 @@ from sklearn.metrics import cohen_kappa_score
 from distilrepro.config import UserError, load_settings
 from distilrepro.fidelity import (
     PAIRS,
-    Answers,
+    SeedRuns,
     agreement_rows,
     chance_agreement,
     churn,
@@ -30,7 +30,7 @@ def drawn(students=3, teachers=3, n=60, classes=3, seed=0):
     "Answers by chance."
     rng = np.random.default_rng(seed)
     logits = {m: rng.normal(size=(k, n, classes)) for m, k in (("student", students), ("teacher", teachers))}
-    return Answers("made", np.arange(n), rng.integers(0, classes, n), {m: list(range(1, len(v) + 1)) for m, v in logits.items()}, logits)
+    return SeedRuns("made", np.arange(n), rng.integers(0, classes, n), {m: list(range(1, len(v) + 1)) for m, v in logits.items()}, logits)
 
 
 def stored(label, logits, ids=None):
@@ -100,7 +100,7 @@ def test_agreement_kappa_and_kl_are_those_of_a_plain_loop(pair):
 
 def test_kl_stays_finite_where_probabilities_underflow():
     logits = np.array([[[0.0, 2000.0]]])
-    a = Answers("made", np.array([0]), np.array([0]), dict(student=[1], teacher=[1]), dict(student=logits, teacher=-logits))
+    a = SeedRuns("made", np.array([0]), np.array([0]), dict(student=[1], teacher=[1]), dict(student=logits, teacher=-logits))
     assert divergence(a, *PAIRS[0])[0, 0] == pytest.approx(2000)
 
 
@@ -135,7 +135,7 @@ def test_models_that_differ_by_more_than_seeds_are_told_from_those_that_do_not()
     habit = {m: rng.normal(size=(n, 2)) for m in ("student", "teacher")}
     def runs(means): return {m: v + rng.normal(0, 0.3, (3, n, 2)) for m, v in means.items()}
     three = dict(student=[1, 2, 3], teacher=[1, 2, 3])
-    apart, alike = (Answers("made", np.arange(n), np.zeros(n, int), three, runs(means))
+    apart, alike = (SeedRuns("made", np.arange(n), np.zeros(n, int), three, runs(means))
                     for means in (habit, dict.fromkeys(habit, habit["teacher"])))
     assert excess_churn(apart)[1] > 0.2 and excess_churn(alike)[1] < 0 < excess_churn(alike)[2]
     assert "more than seeds explain" in fidelity_sentences(apart)[-1] and "not shown" in fidelity_sentences(alike)[-1]
@@ -143,13 +143,13 @@ def test_models_that_differ_by_more_than_seeds_are_told_from_those_that_do_not()
 
 def test_a_model_against_itself_agrees_fully_and_the_interval_says_so():
     a = drawn(1, 1)
-    row = fidelity_table(Answers(a.task, a.ids, a.label, a.seeds, dict.fromkeys(a.logits, a.logits["student"]))).iloc[0]
+    row = fidelity_table(SeedRuns(a.task, a.ids, a.label, a.seeds, dict.fromkeys(a.logits, a.logits["student"]))).iloc[0]
     assert [row.agreement, row.agreement_low, row.agreement_high, row.kappa] == [1, 1, 1, 1] and row.kl == pytest.approx(0)
 
 
 def test_one_seed_and_constant_answers_are_said_in_words():
     label, flat = np.array([0, 1, 1]), np.tile([1.0, 0.0], (1, 3, 1))
-    a = Answers("made", np.arange(3), label, dict(student=[1], teacher=[1]), dict(student=flat, teacher=flat))
+    a = SeedRuns("made", np.arange(3), label, dict(student=[1], teacher=[1]), dict(student=flat, teacher=flat))
     words = " ".join(fidelity_sentences(a))
     assert "agreement says nothing" in words and "no measure of the noise of seeds" in words
     assert np.isnan(fidelity_table(a).kappa[0]) and np.isnan(excess_churn(a)).all()
