@@ -83,7 +83,7 @@ def publish(
     run: Annotated[Path, typer.Option(help="Run folder.")],
     to: Annotated[Path, typer.Option(help="Folder of small results, replaced.")],
 ):
-    "Copy a run's settings, provenance, records, predictions, tables and pictures."
+    "Copy a run's settings, provenance, records, predictions, tables and executed notebooks."
     from distilrepro import workflow
     from distilrepro.records import Run
 

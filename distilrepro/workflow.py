@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['has_bf16', 'for_machine', 'resolve', 'run_folder', 'bar', 'running', 'executed', 'watch', 'first_error', 'reproduce',
-           'lay_out_text', 'distil', 'fetch', 'publish']
+           'lay_out_text', 'distil', 'fetch', 'portable_notebook', 'publish']
 
-# %% ../nbs/lib/16_workflow.ipynb #3b20ceac
+# %% ../nbs/lib/16_workflow.ipynb #0794e21b
 import json
 import os
 import shutil
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
+import nbformat
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -28,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .config import Settings, UserError, load_settings, unknown
 from .plan import Job, checkout, jobs, write_keys
 from .records import Run, create_run, locked, write_atomic
+from .report import EXPECTED
 from .sources import HUB, RESPLIT
 from .speed import cpu_has_bf16
 from .stages import distil_stage, teacher_stage
@@ -260,17 +262,39 @@ def fetch(
         done.append("teacher")
     return done
 
-# %% ../nbs/lib/16_workflow.ipynb #978f73b5
+# %% ../nbs/lib/16_workflow.ipynb #4589df85
+def portable_notebook(
+    path: Path,  # an executed notebook
+    places: dict[str, str],  # what stands in it -> what is written instead
+) -> str:
+    "Read an executed notebook without timings, stderr and places of this machine."
+    nb = nbformat.read(path, as_version=4)
+    nb.metadata.pop("papermill", None)
+    for cell in nb.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    text = nbformat.writes(nb) + "\n"
+    for place, name in places.items():
+        text = text.replace(place, name)
+    return text
+
+
 def publish(
     run: Run,
     folder: Path,  # such as `results/minilm-small`
 ) -> list[Path]:  # the files
-    "Copy what the tables of a run are computed from; weights, corpora and notebooks stay behind."
-    config = run.settings.model_dump(mode="json")
-    config["data"]["dir"] = "DATA" if config["data"]["dir"] else ""
+    "Copy what the tables of a run are computed from and what its report shows; weights, corpora and stages' notebooks stay behind."
+    config, source = run.settings.model_dump(mode="json"), run.settings.data.dir
+    config["data"]["dir"] = "DATA" if source else ""
     shutil.rmtree(folder, ignore_errors=True)
     write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     shutil.copy(run.folder / "provenance.json", folder)
     for part in (p for p in ("records", "predictions", "tables") if (run.folder / p).is_dir()):
-        shutil.copytree(run.folder / part, folder / part)
+        shutil.copytree(run.folder / part, folder / part, ignore=shutil.ignore_patterns("*.svg"))
+    places = {str(run.folder.resolve()): f"runs/{run.name}", str(run.folder): f"runs/{run.name}"} | ({source: "DATA"} if source else {})
+    shown = {name.split("-")[0] for name in EXPECTED}
+    for path in sorted(p for p in (run.folder / "notebooks").glob("*.ipynb") if p.stem.split("-")[0] in shown):
+        write_atomic(folder / "notebooks" / path.name, portable_notebook(path, places))
     return sorted(p for p in folder.rglob("*") if p.is_file())
