@@ -1,0 +1,120 @@
+"""The built site in a real browser: links, search, formulas, words for pictures, contrast, phones, and nothing asked of the network.
+
+`make docs` builds it, `make docs-test` runs this; without Chromium the browser's part is skipped and says so.
+"""
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+pytestmark = pytest.mark.site
+SITE = Path(__file__).resolve().parent.parent / "_docs"
+PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html") if p.stem not in ("genindex", "search"))
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+RULES = ["color-contrast", "image-alt", "link-name", "button-name", "html-has-lang", "document-title", "duplicate-id-aria", "list", "label"]
+BARE = "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('svg')).map(m => m.textContent)"  # formulas that stayed text
+MUTE = "[...document.images].filter(i => !i.alt.trim() || /\\.(png|svg)$/.test(i.alt) || !i.naturalWidth).map(i => i.src.slice(0, 80))"
+FOUND = "[...document.querySelectorAll('#search-results li a')].map(a => a.getAttribute('href').split(/[#?]/)[0])"
+PHONE = {"width": 390, "height": 844}
+
+
+class Links(HTMLParser):
+    "The addresses that a page asks for, and the anchors that it has."
+    def __init__(self, text: str):
+        super().__init__()
+        self.asked, self.anchors = [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.anchors |= {found[k] for k in ("id", "name") if found.get(k)}
+        self.asked += [found[k] for k in ("href", "src") if found.get(k) and tag != "base"]
+
+
+@pytest.fixture(scope="session")
+def pages() -> dict[str, Links]:
+    "Every page's links and anchors."
+    assert PAGES, "no site in _docs; run `make docs`"
+    return {p.relative_to(SITE).as_posix(): Links(p.read_text(encoding="utf-8")) for p in SITE.rglob("*.html")}
+
+
+def broken(page: str, address: str, pages: dict[str, Links]) -> str:
+    "Why an address on a page leads nowhere; empty when it leads somewhere, or out of the site."
+    url = urlsplit(address)
+    if url.scheme or url.netloc:
+        return ""
+    target = (SITE / page).parent / unquote(url.path) if url.path else SITE / page
+    if not target.is_file():
+        return f"{address}: no such file"
+    name = target.resolve().relative_to(SITE).as_posix()
+    return f"{address}: no such anchor" if url.fragment and name in pages and unquote(url.fragment) not in pages[name].anchors else ""
+
+
+def test_every_internal_link_and_anchor_resolves(pages):
+    assert not {f"{page}: {problem}" for page, links in pages.items() for a in links.asked if (problem := broken(page, a, pages))}
+
+
+def test_a_missing_file_and_a_missing_anchor_are_found(pages):
+    assert "no such file" in broken("index.html", "gone.html", pages) and "no such anchor" in broken("index.html", "#gone", pages)
+    assert not broken("index.html", "https://arxiv.org/abs/1910.01108", pages) and not broken("index.html", "index.html", pages)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    "One browser for all pages."
+    if not CHROMIUM:
+        pytest.skip("no Chromium here; `apt-get install chromium` brings one")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    "A fresh page that remembers what went wrong and what it asked the network for."
+    page = chromium.new_page(viewport={"width": 1400, "height": 1000}, color_scheme="light")
+    page.problems = []
+    page.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: page.problems.append(str(e)))
+    page.on("request", lambda r: page.problems.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+    yield page
+    page.close()
+
+
+def settle(page, path: str) -> None:
+    "Open a page of the site and wait for its formulas."
+    page.goto((SITE / path).as_uri(), wait_until="load")
+    page.evaluate("window.MathJax?.startup?.promise")
+
+
+def unfair(page, theme: str) -> list[str]:
+    "What `axe` finds wrong for readers who see little or nothing, in one of the themes."
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.evaluate("theme => { document.body.dataset.theme = theme }", theme)
+    page.wait_for_timeout(50)
+    found = Axe().run(page, options={"runOnly": {"type": "rule", "values": RULES}, "resultTypes": ["violations"]})
+    nodes = [(v["id"], n) for v in found.response["violations"] for n in v["nodes"][:3]]
+    return [f"{theme}: {rule}: {n['html'][:120]} {n.get('failureSummary', '')[:200]}" for rule, n in nodes]
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_page(page, path):
+    settle(page, path)
+    assert not page.problems
+    assert page.evaluate(BARE) == [] and page.evaluate(MUTE) == []
+    assert unfair(page, "light") + unfair(page, "dark") == []
+    page.set_viewport_size(PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], "wider than a phone"
+    assert not page.problems
+
+
+def test_search_finds_the_triple_loss(page):
+    page.goto((SITE / "search.html").as_uri() + "?q=triple+loss")
+    page.wait_for_selector("#search-results li a")
+    assert "lib/losses.html" in page.evaluate(FOUND)[:10] and not page.problems
