@@ -10,10 +10,10 @@ BENCHES := $(patsubst nbs/stages/%,_bench/%,$(wildcard nbs/stages/b*.ipynb))
 option = $(if $(value $(2)),--$(1)='$(subst ','\'',$(value $(2)))')
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test docs bench export check clean lock
+.PHONY: help reproduce test docs docs-test bench export check clean lock
 
 help: ## list the doors
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
 reproduce: .venv/run ## the whole story, to runs/RUN/report.html (PRESET=quick SCALE= DATA= RUN=)
 	@$(BIN)/distilrepro reproduce $(call option,preset,PRESET) $(call option,scale,SCALE) $(call option,data,DATA) $(call option,run,RUN)
@@ -23,6 +23,9 @@ test: .venv/dev ## lint, generated files, library notebooks, pytest; prints how 
 
 docs: .venv/dev ## the site, to _docs/index.html
 	@$(BIN)/python docs/build.py
+
+docs-test: .venv/dev ## the built site in a browser: links, search, formulas, contrast, phones (needs Chromium)
+	@$(BIN)/python -m pytest -m site -n 2 -rs tests/test_site.py
 
 bench: $(BENCHES) ## the benchmark notebooks, to _bench/ (RUN=a run folder)
 
@@ -42,7 +45,7 @@ check: .venv/dev ## lint; is everything generated as the notebooks say? changes 
 	$(BIN)/python -m pytest tests/test_generated.py
 
 clean: ## remove what was built (never runs/ nor .venv/)
-	rm -rf _proc _docs _bench docs/_nb build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf _proc _docs _bench docs/_nb docs/_extra build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 lock: ## resolve all dependencies anew, to constraints.txt
 	rm -rf .venv/lock

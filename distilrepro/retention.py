@@ -32,7 +32,7 @@ def task_retention(
         rows[f"Mean of {len(glue)} GLUE tasks"] = (*retained(run, glue)["ratio_of_means"], True)
     return pd.DataFrame.from_dict(rows, "index", columns=["value", "low", "high", "learnt"])
 
-# %% ../nbs/lib/15ba_retention.ipynb #0ddb9b50
+# %% ../nbs/lib/15ba_retention.ipynb #261e567d
 def retention_figure(
     run: Run,
 ) -> Figure:
@@ -48,8 +48,8 @@ def retention_figure(
     ax.axhline(len(kept) - 1.5, color=GREY, lw=0.8)
     ax.set_yticks(range(len(kept)), kept.index)
     ax.invert_yaxis()
-    toy = ", toy language" if is_toy(run) else ""
-    ax.set(xlabel="student / teacher, % (line: 95 % interval; hollow: the teacher is not above the floor)", title=f"What the student keeps{toy}")
+    ax.set_title("What the student keeps" + (", toy language" if is_toy(run) else ""))
+    ax.set_xlabel("student / teacher, % (line: 95 % interval; hollow: the teacher is not above the floor)")
     ax.grid(axis="x")
     said = "; ".join(f"{name} {number(v, scale=100)}" for name, v in kept.value.items())
     fig.set_label(f"Student's score in percent of its teacher's, by task, with 95 % intervals: {said}.")

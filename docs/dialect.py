@@ -4,10 +4,12 @@ import re
 
 import yaml
 
+OPTION = re.compile(r"^#\|.*\n?", re.M)
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?\s*(.*)$")
 CALLOUT = re.compile(r"^(:{3,})\s*\{\.callout-(\w+)[^}]*\}\s*\n+(?:#+ +(.+)\n)?", re.M)
 SOURCE = re.compile(r"\[source\]\((\S+)\)\{[^}]*\}")
 HEADING = re.compile(r"^(#+ )(\S+)", re.M)
+TOP = {"CONTRIBUTING.md": "/contributing.md", "CHANGELOG.md": "/changelog.md"}  # pages that lie at the top of the repository
 RELATIVE = re.compile(r"(\]\()(?![a-z]+:|[#/{])([^)\s]+)(\))")
 
 
@@ -28,6 +30,12 @@ def front_page(source: str) -> tuple[str, dict]:
     front = yaml.safe_load(found[1]) if found else {}
     subtitle = front.get("description")
     return f"# {front.get('title', '')}\n" + (f"\n{{.nb-subtitle}}\n{subtitle}\n" if subtitle else ""), front
+
+
+def front_matter(source: str) -> tuple[str, str]:
+    "Title and subtitle of a title cell as it is written: `# title`, `> subtitle`."
+    found = [re.search(rf"^{mark} (.+)$", source, re.M) for mark in ("#", ">")]
+    return tuple(m[1] if m else "" for m in found)
 
 
 def callouts(text: str) -> str:
@@ -55,9 +63,10 @@ def code(cell: dict, source: str) -> dict | None:
     tags = set(cell["metadata"].get("tags", []))
     tags |= {"remove-input"} if options.get("echo") == "false" else set()
     tags |= {"remove-output"} if options.get("output") == "false" else set()
-    metadata = {"tags": sorted(tags | ({"hide-input"} if "code-fold" in options else set()))}
-    if "code-summary" in options:
-        metadata["mystnb"] = {f"code_prompt_{k}": options["code-summary"] for k in ("show", "hide")}
+    shown = {f"code_prompt_{k}": options["code-summary"] for k in ("show", "hide")} if "code-summary" in options else {}
+    if "fig-alt" in options:
+        shown["image"] = {"alt": options["fig-alt"]}
+    metadata = {"tags": sorted(tags | ({"hide-input"} if "code-fold" in options else set()))} | ({"mystnb": shown} if shown else {})
     return {"source": body, "metadata": metadata, "outputs": cell["outputs"], "execution_count": None}
 
 
@@ -92,7 +101,8 @@ def link(text: str, path: str, base: str, repo: str, pages: set[str], targets: s
     def relative(m: re.Match) -> str:
         target = posixpath.normpath(posixpath.join("nbs", posixpath.dirname(path), m[2]))
         page = page_name(target.removeprefix("nbs/")) if target.startswith("nbs/") else ""
-        return m[1] + (f"/{page}.ipynb" if page in pages else f"{repo}/{target}") + m[3]
+        written = f"/{target.removeprefix('docs/pages/')}" if target.startswith("docs/pages/") else TOP.get(target)
+        return m[1] + (f"/{page}.ipynb" if page in pages else written or f"{repo}/{target}") + m[3]
 
     text = re.sub(re.escape(base) + r"/([\w./-]+)\.html(#[\w.]+)?", absolute, text)
     return RELATIVE.sub(relative, text)

@@ -8,6 +8,7 @@ from nbconvert import MarkdownExporter
 
 NOTE = "<!-- Generated from nbs/index.ipynb by docs/readme.py: edit the notebook, then `make export`. -->\n\n"
 DIRECTIVE = re.compile(r"^#\|\s*(\S+?):?(?:\s+(.*))?$", re.M)
+ECHO = re.compile(r"^#\|\s*echo:\s*false", re.M)
 LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)\s]+)(\))")
 
 
@@ -35,6 +36,7 @@ def readme(root: Path) -> str:
     nb.metadata.language_info = {"name": "python"}
     nb.cells[0].source = front(nb.cells[0].source)
     for c in nb.cells:
+        c.metadata["transient"] = {"remove_source": bool(ECHO.search(c.source))}
         c.source = LINK.sub(from_root, c.source) if c.cell_type == "markdown" else DIRECTIVE.sub("", c.source).strip()
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources["outputs"]:

@@ -42,6 +42,8 @@ def test_directives_become_tags_and_vanish():
     assert shown["source"] == "x = 1" and shown["metadata"]["tags"] == ["remove-input", "remove-output"]
     folded = code(cell(""), "#| code-fold: true\n#| code-summary: \"how\"\nx")
     assert folded["metadata"] == {"tags": ["hide-input"], "mystnb": {"code_prompt_show": "how", "code_prompt_hide": "how"}}
+    drawn = code(cell(""), "#| fig-alt: A line: it rises.\nplot()")
+    assert drawn["source"] == "plot()" and drawn["metadata"]["mystnb"] == {"image": {"alt": "A line: it rises."}}
     assert code(cell(""), "#| include: false\nx") is None and code(cell(""), "#| default_exp a") is None
 
 
@@ -65,6 +67,8 @@ def test_one_name_in_two_modules_has_two_targets():
     ("[x](07_losses.ipynb)", "[x](/lib/losses.ipynb)"),
     ("[x](../tables/t1_glue.ipynb)", "[x](/tables/t1_glue.ipynb)"),
     ("[x](../../LICENSE)", f"[x]({REPO}/LICENSE)"),
+    ("[x](../../docs/pages/howto/data.md)", "[x](/howto/data.md)"),
+    ("[x](../../CONTRIBUTING.md)", "[x](/contributing.md)"),
     ("[x](https://a.org/b) and [y](#below)", "[x](https://a.org/b) and [y](#below)")])
 def test_links(text, expected):
     assert link(text, "lib/08_distill.ipynb", BASE, REPO, {"lib/losses", "tables/t1_glue"}, {"lib-losses-mix"}) == expected
@@ -86,6 +90,12 @@ def test_readme_hides_what_is_hidden_and_links_from_the_root(tmp_path):
     assert "# T\n> s\n" in text and "skip_showdoc" not in text and "secret" not in text
     assert "[a](LICENSE) [b](nbs/lib/x.ipynb) [c](https://d.org)" in text
     assert "```python\n2 * 3\n```" in text and "    6\n" in text
+
+
+def test_readme_shows_what_a_silent_cell_says_without_its_code(tmp_path):
+    said = cell("#| echo: false\n2 * 3", outputs=[nbformat.v4.new_output("execute_result", {"text/plain": "6"}, execution_count=1)])
+    text = readme(index(tmp_path, cell("# T\n> s", "markdown"), said))
+    assert "2 * 3" not in text and "    6\n" in text
 
 
 def test_readme_refuses_a_picture_it_would_lose(tmp_path):

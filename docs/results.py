@@ -1,0 +1,146 @@
+"""The site's results: a page for each committed run, its executed notebooks below it, their code folded away."""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+from dialect import OPTION, front_matter
+
+from distilrepro.records import Run
+from distilrepro.report import EXPECTED, lead_html, provenance_html, summary_markdown
+from distilrepro.tables import TASKS, is_toy
+
+PARTS = {  # heading of a run's page -> what its notebooks' names begin with
+    "Tables and figures": ("t1", "t2", "t3", "t4", "forms", "f4", "f5", "cornell", "tiny", "sst2"),
+    "Claims": ("claims",),
+    "Looks inside": ("a1", "a2", "a3", "a4", "a5", "a6"),
+    "Pretraining": ("s01", "s02"),
+    "Benchmarks": ("b0",),
+}
+ABOUT = """Runs that are committed with this repository: settings, provenance, records, predictions and executed notebooks.
+Every number here is computed from those records by the code that stands folded above it. Scores x100 with 95 % intervals over examples and
+seeds; retention as ratio of macro means and as mean of per-task ratios. None of them is a run of BERT-base on the full data:
+what each shows, and what it does not, stands on its pages.
+"""
+TOY = "{bdg-warning}`toy` A synthetic language: the machinery works; nothing is said of English."
+SETTING_UP = re.compile(r"\s*(run = start\(|(from|import) )")  # cells that a reader of results has no use for
+FOLDED = {"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
+
+
+def is_model_run(run: Run) -> bool:
+    "Did the run train and fine-tune models? A benchmark did not."
+    return (run.folder / "predictions").is_dir()
+
+
+def about(run: Run) -> str:
+    "What a run is, in a sentence."
+    return run.settings.note if is_model_run(run) else "Benchmarks: how fast a step of distillation is, beside other ways to take it."
+
+
+def order(path: Path) -> tuple[int, str]:
+    "Where a notebook stands among those of its run: as in the report."
+    base = path.stem.split("-")[0]
+    return (EXPECTED.index(base) if base in EXPECTED else len(EXPECTED)), path.stem
+
+
+def title_of(nb, stem: str) -> tuple[str, str]:
+    "Title and subtitle of an executed notebook; the task is part of the title where several were looked at."
+    title, subtitle = front_matter(nb.cells[0].source)
+    task = stem.partition("-")[2]
+    return (f"{title}: {TASKS[task]}" if task in TASKS else title), subtitle
+
+
+def told(out) -> bool:
+    "Is an output for a reader: a table, a picture, prose? A bare name is not."
+    return out.output_type == "stream" or any(kind in ("text/html", "text/markdown") or kind.startswith("image/") for kind in out.data)
+
+
+def folded(cell, alt: str):
+    "A code cell with its code folded away and its pictures described; None where it only sets up."
+    source = OPTION.sub("", cell.source)
+    if "injected-parameters" in cell.metadata.get("tags", []) or "parameters" in cell.metadata.get("tags", []) or SETTING_UP.match(source):
+        return None
+    outputs = [o for o in cell.outputs if told(o)]
+    return nbformat.v4.new_code_cell(source, outputs=outputs, metadata={"tags": ["hide-input"], "mystnb": FOLDED | {"image": {"alt": alt}}})
+
+
+def opening(run: Run, nb, stem: str, repo: str) -> str:
+    "How the page of an executed notebook begins: title, subtitle, whose numbers these are and where the notebook itself lies."
+    title, subtitle = title_of(nb, stem)
+    toy = f" {TOY}" if is_model_run(run) and is_toy(run) else ""
+    source = f"[notebook]({repo}/results/{run.name}/notebooks/{stem}.ipynb)"
+    return f"# {title}\n\n{{.nb-subtitle}}\n{subtitle}\n\nRun [{run.name}](/results/{run.name}/index.md), {source}.{toy}"
+
+
+def readable(path: Path, run: Run, repo: str) -> dict:
+    "An executed notebook as a page: prose and outputs; code is folded, what only sets up is left out."
+    nb = nbformat.read(path, as_version=4)
+    cells, heading = [nbformat.v4.new_markdown_cell(opening(run, nb, path.stem, repo))], ""
+    for cell in nb.cells[1:]:
+        if cell.cell_type == "markdown":
+            heading = cell.source.splitlines()[0].lstrip("# ") if cell.source.startswith("#") else heading
+            cells.append(cell)
+        elif shown := folded(cell, f"{title_of(nb, path.stem)[0]}: {heading}"):
+            cells.append(shown)
+    for i, cell in enumerate(cells):
+        cell.id = f"cell-{i}"
+    page = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python", "pygments_lexer": "ipython3"}})
+    return json.loads(nbformat.writes(page))
+
+
+def output(run: Run, stem: str, kind: str) -> str:
+    "The last HTML output of a `kind` of object in an executed notebook of the run, as a raw block; empty when there is none."
+    path = run.folder / f"notebooks/{stem}.ipynb"
+    cells = nbformat.read(path, as_version=4).cells if path.exists() else []
+    shown = [o.data for c in cells for o in c.get("outputs", []) if "data" in o]
+    found = [data["text/html"] for data in shown if data.get("text/plain", "").startswith(f"{kind}(")]
+    return f"```{{raw}} html\n{found[-1]}\n```\n" if found else ""
+
+
+def listed(run: Run, notebooks: list[Path]) -> str:
+    "The notebooks of a run by part, with what each is about."
+    text = ""
+    for part, starts in PARTS.items():
+        own = [p for p in notebooks if p.stem.startswith(starts)]
+        titles = [(p, *title_of(nbformat.read(p, as_version=4), p.stem)) for p in own]
+        text += f"\n## {part}\n\n" * bool(own) + "".join(f"- [{t}](notebooks/{p.stem}.ipynb): {s}\n" for p, t, s in titles)
+    return text
+
+
+def run_page(run: Run, notebooks: list[Path]) -> str:
+    "The front page of a run: what came out, what it is, its notebooks, where its numbers come from."
+    seen = output(run, "f4_tasks", "Picture") + output(run, "t1_glue", "Findings")
+    lead = f"```{{raw}} html\n{lead_html(run)}\n```\n{seen}" if is_model_run(run) else ""
+    names = "\n".join(f"notebooks/{p.stem}" for p in notebooks)
+    return (f"# {run.name}\n\n{about(run)}\n\n{lead}\n{listed(run, notebooks)}\n## Provenance\n\n```{{raw}} html\n"
+            f'<div class="provenance">{provenance_html(run)}</div>\n```\n\n```{{toctree}}\n:hidden:\n\n{names}\n```\n')
+
+
+def lay_out_run(folder: Path, stage: Path, extra: Path, repo: str) -> None:
+    "Write the pages of one committed run under `stage`, and its pages of examples, which stand for themselves, under `extra`."
+    run, target = Run(folder), stage / "results" / folder.name
+    notebooks = sorted((folder / "notebooks").glob("*.ipynb"), key=order)
+    (target / "notebooks").mkdir(parents=True)
+    for path in notebooks:
+        (target / "notebooks" / path.name).write_text(json.dumps(readable(path, run, repo)), encoding="utf-8")
+    (target / "index.md").write_text(run_page(run, notebooks), encoding="utf-8")
+    for page in (folder / "tables").glob("*_browser.html"):
+        (extra / "results" / folder.name / "tables").mkdir(parents=True, exist_ok=True)
+        shutil.copy(page, extra / "results" / folder.name / "tables")
+
+
+def overview(runs: list[Run]) -> str:
+    "The page that every result starts from: what was run, side by side."
+    compared = [run for run in runs if is_model_run(run)]
+    listed = "".join(f"- [{run.name}]({run.name}/index.md): {about(run)}\n" for run in runs)
+    names = "\n".join(f"{run.name}/index" for run in runs)
+    return (f"# Results\n\n{ABOUT}\n{summary_markdown(compared)}\n{listed}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n")
+
+
+def lay_out(results: Path, stage: Path, extra: Path, repo: str) -> None:
+    "Write the pages of all committed runs, real ones first."
+    folders = sorted((p.parent for p in results.glob("*/config.yaml")), key=lambda p: (not is_model_run(Run(p)), is_toy(Run(p)), p.name))
+    for folder in folders:
+        lay_out_run(folder, stage, extra, repo)
+    (stage / "results/index.md").write_text(overview([Run(f) for f in folders]), encoding="utf-8")
