@@ -213,9 +213,9 @@ def findings_about_data(
         out.append(f"No interval without stored predictions: {', '.join(bare)}.")
     few = min((len(r.scores[m]) for r in found.values() for m in COMPARED if m in r.scores), default=0)
     if 0 < few < 6:
-        most = number(seed_bound(few), 0, 100)
+        most = f"at most {number(seed_bound(few), 0, 100)} % of cases" if few > 1 else "nothing"
         plural = "s" * (few > 1)
-        out.append(f"With {few} seed{plural} an interval covers at most {most} % of cases where seeds are the main source of chance.")
+        out.append(f"With {few} seed{plural} an interval covers {most} where seeds are the main source of chance.")
     return out
 
 # %% ../nbs/lib/15a_glue.ipynb #542d839b
@@ -466,5 +466,5 @@ def glue_findings(
     both = shared_tasks(run, models=COMPARED)
     if both:
         value, low, high = (number(v, scale=100) for v in macro_difference(run, both))
-        out.append(f"D changes the student's mean over {len(both)} tasks by {value} points, 95 % interval {low} to {high}.")
+        out.append(f"D changes the student's mean over {len(both)} task{'s' * (len(both) > 1)} by {value} points, 95 % interval {low} to {high}.")
     return Findings(out + findings_about_data(run))

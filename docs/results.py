@@ -110,7 +110,7 @@ def listed(run: Run, notebooks: list[Path]) -> str:
 
 def run_page(run: Run, notebooks: list[Path]) -> str:
     "The front page of a run: what came out, what it is, its notebooks, where its numbers come from."
-    seen = output(run, "f4_tasks", "Picture") + output(run, "t1_glue", "Findings")
+    seen = output(run, "t1_glue", "Picture") + output(run, "t1_glue", "Findings")
     lead = f"```{{raw}} html\n{lead_html(run)}\n```\n{seen}" if is_model_run(run) else ""
     names = "\n".join(f"notebooks/{p.stem}" for p in notebooks)
     return (f"# {run.name}\n\n{about(run)}\n\n{lead}\n{listed(run, notebooks)}\n## Provenance\n\n```{{raw}} html\n"
