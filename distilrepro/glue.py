@@ -466,5 +466,6 @@ def glue_findings(
     both = shared_tasks(run, models=COMPARED)
     if both:
         value, low, high = (number(v, scale=100) for v in macro_difference(run, both))
-        out.append(f"D changes the student's mean over {len(both)} task{'s' * (len(both) > 1)} by {value} points, 95 % interval {low} to {high}.")
+        over = f"{len(both)} task{'s' * (len(both) > 1)}"
+        out.append(f"D changes the student's mean over {over} by {value} points, 95 % interval {low} to {high}.")
     return Findings(out + findings_about_data(run))
