@@ -21,7 +21,8 @@ ORDER = """config records language synthetic lookalikes sources corpus masking p
 MODULES = sorted(p for p in (ROOT / "distilrepro").glob("*.py") if p.stem not in {"__init__", "_modidx"})
 LIBRARY = sorted((ROOT / "nbs/lib").glob("*.ipynb"))
 PAPERMILL = sorted(p for d in ("stages", "tables", "analysis") for p in (ROOT / "nbs" / d).glob("*.ipynb"))
-NOTEBOOKS = [ROOT / "nbs/index.ipynb", *LIBRARY, *PAPERMILL]
+PAPER = sorted((ROOT / "nbs/paper").glob("*.ipynb"))
+NOTEBOOKS = [ROOT / "nbs/index.ipynb", *PAPER, *LIBRARY, *PAPERMILL]
 SCRIPTS = [*sorted((ROOT / "docs").glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))]
 MAX_KB, MAX_CELLS, MAX_LINES, MEDIAN_LINES, MAX_FUNCTION = 60, 80, 40, 8, 50
 PRIVATE = re.compile(r"(?<![\w.])/(?:work|root|tmp|home|Users)/\w|[\w.+-]+@[\w-]+\.(?:com|org|net|edu|io|ai|de|at|uk|gov)\b")
@@ -175,7 +176,7 @@ def test_notebook_stores_no_error_and_no_stderr(path):
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
 
 
-@each([ROOT / "nbs/index.ipynb", *LIBRARY])
+@each([ROOT / "nbs/index.ipynb", *PAPER, *LIBRARY])
 def test_imports_stand_alone(path):
     mixed = [i for i, c in enumerate(read(path).cells) if c.cell_type == "code" and imports(c) and len(imports(c)) != len(tree(c).body)]
     assert not mixed, f"cells {mixed} hold imports and other code: the site would run them"
@@ -202,6 +203,27 @@ def test_exported_cells_are_plain_python(path):
             stars = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
             prints = [n for n in nodes if isinstance(n, ast.Call) and dotted(n.func) == "print"]
             assert not stars and not prints, f"cell {i}: star import or print in exported code"
+
+
+@each(PAPER)
+def test_chapter_of_the_paper_is_prose_with_short_live_code(path):
+    cells = read(path).cells
+    code = [c for c in cells if c.cell_type == "code"]
+    sizes = [len(code_lines(c)) for c in code]
+    assert 20 <= len(cells) <= 45 and len(cells) - len(code) >= len(code), f"{len(code)} of {len(cells)} cells are code"
+    assert median(sizes) <= 6 and max(sizes) <= 20, f"code cells of {sorted(sizes)} lines"
+    assert sum(bool(imports(c)) for c in code) == 1 and sum(checks(c) for c in code) >= 5
+    assert "- skip_showdoc: true" in cells[0].source and "skip_exec" not in cells[0].source, "shown as stored by the site, run by nbdev_test"
+    assert not {d for c in code for d in directives(c)} & {"default_exp", "export", "exports", "eval"}
+    assert re.search(r"\]\(\.\./lib/\w+\.ipynb\)", cells[-1].source), "the last cell leads to the rooms that hold the full story"
+
+
+@each(PAPER)
+def test_pictures_of_the_paper_are_told_in_words(path):
+    cells = [c for c in read(path).cells if any("image/png" in o.get("data", {}) for o in c.get("outputs", []))]
+    assert cells, "a chapter without a picture"
+    untold = [c.source.splitlines()[0] for c in cells if not re.match(r"#\| fig-alt: \S.{20,}", c.source)]
+    assert not untold, f"no fig-alt: {untold}"
 
 
 def parameter_cells(path: Path) -> list:
