@@ -1,5 +1,7 @@
 "What lies between a command and the stages: text laid out, settings resolved, errors handed on, one teacher distilled end to end."
 import json
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -59,6 +61,16 @@ def test_mistakes_of_the_user_are_named(teacher, tmp_path, sets, words):
     with pytest.raises(UserError, match=words):
         workflow.distil(str(teacher / "teacher"), (str(teacher / "*.txt"),), tmp_path / "student", (*SMALL, *sets))
     assert not (tmp_path / "student").exists()
+
+
+def test_a_prepared_folder_is_all_that_snakemake_needs(command, tmp_path):
+    code, out, err = command("reproduce", "--scale", "smoke", "--run", tmp_path / "run", "--prepare")
+    assert (code, out.strip()) == (0, str(tmp_path / "run")), err
+    words = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "2", "--snakefile", str(plan.checkout() / "Snakefile"),
+             "--directory", out.strip(), "--config", f"root={plan.checkout()}"]
+    whole, bare = (subprocess.run([*words, *more], capture_output=True, text=True, check=True).stdout for more in ((), ("gpu=0",)))
+    assert f"{len(plan.jobs(load_settings('quick', 'smoke'))) + 1}\n" in whole.split("total")[1], "every job, and the report"
+    assert "gpu=1" in whole and "gpu=1" not in bare
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(teacher, tmp_path):
