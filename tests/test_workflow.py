@@ -18,7 +18,7 @@ from distilrepro.records import create_run, read_records, write_records
 from distilrepro.synthetic import documents
 
 SMALL = ("data.max_len=32", "distil.batch=4", "distil.accumulation=1", "distil.max_updates=6", "distil.min_updates=2",
-         "distil.save_every=2", "distil.log_every=2", "student.layers=2")
+         "distil.save_every=2", "distil.log_every=2")  # and half of the teacher's four layers
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,12 @@ def test_mistakes_of_the_user_are_named(teacher, tmp_path, sets, words):
     with pytest.raises(UserError, match=words):
         workflow.distil(str(teacher / "teacher"), (str(teacher / "*.txt"),), tmp_path / "student", (*SMALL, *sets))
     assert not (tmp_path / "student").exists()
+
+
+def test_text_longer_than_the_teacher_reads_is_refused(teacher, tmp_path):
+    (tmp_path / "long.txt").write_text("\n".join(" ".join(documents(i, 4)) for i in range(20)))
+    with pytest.raises(UserError, match="sequences of .* tokens, the teacher positions for 32; set data.max_len=32"):
+        workflow.distil(str(teacher / "teacher"), (str(tmp_path / "long.txt"),), tmp_path / "student", (*SMALL, "data.max_len=64"))
 
 
 def test_a_prepared_folder_is_all_that_snakemake_needs(command, tmp_path):
