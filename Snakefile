@@ -1,7 +1,8 @@
 # One rule a notebook. What there is to do, and in which order, is said by distilrepro.plan.jobs; this file hands it to Snakemake.
 #
 #   distilrepro reproduce ...                        makes the run folder and calls this on one machine
-#   snakemake --directory runs/RUN --config root=$PWD --executor slurm --jobs 20 ...     the same on a cluster
+#   distilrepro reproduce ... --prepare              makes the run folder; then, the same on a cluster (gpu=0: one without GPUs):
+#   snakemake --directory runs/RUN --config root=$PWD gpu=1 --executor slurm --jobs 20 ...
 import sys
 from pathlib import Path
 
@@ -29,5 +30,5 @@ for job in JOBS.values():
         output: f"notebooks/{job.name}.ipynb"
         params: tool=TOOL, job=job.name, root=ROOT
         threads: workflow.cores if job.alone else job.threads
-        resources: gpu=0 if job.notebook.startswith("tables/") else 1
+        resources: gpu=0 if job.notebook.startswith("tables/") else int(config.get("gpu", 1))
         shell: "{params.tool:q} notebook {params.job:q} --run . --root {params.root:q}"

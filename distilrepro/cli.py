@@ -40,7 +40,7 @@ def show(
         out.add_row(*("none" if value is None or value != value else str(value) for value in row))
     Console(force_jupyter=False).print(out)
 
-# %% ../nbs/lib/17_cli.ipynb #8aea0319
+# %% ../nbs/lib/17_cli.ipynb #c530dd35
 @app.command()
 def reproduce(
     preset: PresetName = "quick",
@@ -48,13 +48,15 @@ def reproduce(
     data: DataDir = "",
     run: Annotated[str, typer.Option(help="Run folder; empty: runs/PRESET.")] = "",
     cores: Annotated[int, typer.Option(min=0, help="Processor cores to use; 0: all.")] = 0,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Make the run folder and stop: Snakemake can go on, on a cluster.")] = False,
     sets: Sets = None,
 ):
     "Run the whole story of a preset and print the path of its report. What is done already is not done again."
     from distilrepro import workflow
 
     settings = workflow.resolve(preset, scale, data, tuple(sets or ()))
-    typer.echo(str(workflow.reproduce(settings, workflow.run_folder(settings, run), cores)))
+    folder = workflow.run_folder(settings, run)
+    typer.echo(str(workflow.prepare(settings, folder).folder if prepare else workflow.reproduce(settings, folder, cores)))
 
 # %% ../nbs/lib/17_cli.ipynb #57bfd220
 @app.command()
@@ -102,7 +104,7 @@ def distil(
 
     typer.echo(str(workflow.distil(teacher, tuple(text), out, tuple(sets or ()))))
 
-# %% ../nbs/lib/17_cli.ipynb #81ea13b3
+# %% ../nbs/lib/17_cli.ipynb #5c8cae6b
 def show_scores(
     task: str,
     n: int,  # examples
@@ -111,7 +113,8 @@ def show_scores(
     "Print the scores of a task."
     import pandas as pd
 
-    show(pd.DataFrame([(k, f"{100 * v:.1f}") for k, v in metrics.items()], columns=["metric", "x 100"]), f"{task}, {n} examples")
+    scores = {k: v for k, v in metrics.items() if k != "best_step"}  # a number of updates
+    show(pd.DataFrame([(k, f"{100 * v:.1f}") for k, v in scores.items()], columns=["metric", "x 100"]), f"{task}, {n} examples")
 
 # %% ../nbs/lib/17_cli.ipynb #4a801ec0
 @app.command()

@@ -139,11 +139,11 @@ def log_records(
         rows += [dict(metric=k, value=v, unit=units.get(k, ""), **place) for k, v in values.items()]
     return rows
 
-# %% ../nbs/lib/13a_stages.ipynb #de456ce5
+# %% ../nbs/lib/13a_stages.ipynb #04717137
 def teacher_stage(
     run: Run,
 ) -> pd.DataFrame:  # its records
-    "Load or train the teacher and measure it on held-out text; raises `UserError` when its vocabulary is not the tokenizer's."
+    "Load or train the teacher and measure it on held-out text; raises `UserError` when it does not fit tokenizer or text."
     args, text, out = run.settings.teacher, corpora(run), run.folder / "checkpoints/teacher"
     key = unit_key(run.settings, teacher_stage, ("data", "teacher"), text.hash)
     if is_done(run, "teacher", key) and out.is_dir():
@@ -155,6 +155,9 @@ def teacher_stage(
     if model.config.vocab_size < len(text.tokenizer):
         sizes = f"the tokenizer has {len(text.tokenizer)} words, the teacher {model.config.vocab_size}"
         raise UserError(f"{sizes}: their vocabularies differ; set data.tokenizer to the teacher's own")
+    longest, places = max(s.lengths.max() for s in (text.train, text.held.store)), model.config.max_position_embeddings
+    if places < longest:
+        raise UserError(f"the text has sequences of {longest} tokens, the teacher positions for {places}; set data.max_len={places}")
     def evaluate(model): return evaluate_mlm(model, None, text.held)
     if args.train:
         train = masked_text(text.train, text.tokenizer, args.mask, args.loop.seed)

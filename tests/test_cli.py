@@ -97,6 +97,7 @@ def test_fine_tuning_and_evaluating_agree(command, place, tmp_path):
     assert len(pd.read_parquet(tmp_path / "cola/predictions.parquet")) == 16
     code, measured, err = command("evaluate", "cola", "--model", tmp_path / "cola", *common)
     assert code == 0 and scores(measured).items() <= scores(tuned).items() and "score" in scores(measured), err
+    assert "best_step" not in scores(tuned), "a number of updates is no score"
     code, marked, err = command("evaluate", "cola", "--predictions", tmp_path / "cola/predictions.parquet", "--data", place / "good")
     assert code == 0 and marked == measured, err
 

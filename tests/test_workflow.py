@@ -1,5 +1,7 @@
 "What lies between a command and the stages: text laid out, settings resolved, errors handed on, one teacher distilled end to end."
 import json
+import subprocess
+import sys
 
 import nbformat
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from distilrepro.records import create_run, read_records, write_records
 from distilrepro.synthetic import documents
 
 SMALL = ("data.max_len=32", "distil.batch=4", "distil.accumulation=1", "distil.max_updates=6", "distil.min_updates=2",
-         "distil.save_every=2", "distil.log_every=2", "student.layers=2")
+         "distil.save_every=2", "distil.log_every=2")  # and half of the teacher's four layers
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,22 @@ def test_mistakes_of_the_user_are_named(teacher, tmp_path, sets, words):
     with pytest.raises(UserError, match=words):
         workflow.distil(str(teacher / "teacher"), (str(teacher / "*.txt"),), tmp_path / "student", (*SMALL, *sets))
     assert not (tmp_path / "student").exists()
+
+
+def test_text_longer_than_the_teacher_reads_is_refused(teacher, tmp_path):
+    (tmp_path / "long.txt").write_text("\n".join(" ".join(documents(i, 4)) for i in range(20)))
+    with pytest.raises(UserError, match="sequences of .* tokens, the teacher positions for 32; set data.max_len=32"):
+        workflow.distil(str(teacher / "teacher"), (str(tmp_path / "long.txt"),), tmp_path / "student", (*SMALL, "data.max_len=64"))
+
+
+def test_a_prepared_folder_is_all_that_snakemake_needs(command, tmp_path):
+    code, out, err = command("reproduce", "--scale", "smoke", "--run", tmp_path / "run", "--prepare")
+    assert (code, out.strip()) == (0, str(tmp_path / "run")), err
+    words = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "2", "--snakefile", str(plan.checkout() / "Snakefile"),
+             "--directory", out.strip(), "--config", f"root={plan.checkout()}"]
+    whole, bare = (subprocess.run([*words, *more], capture_output=True, text=True, check=True).stdout for more in ((), ("gpu=0",)))
+    assert f"{len(plan.jobs(load_settings('quick', 'smoke'))) + 1}\n" in whole.split("total")[1], "every job, and the report"
+    assert "gpu=1" in whole and "gpu=1" not in bare
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(teacher, tmp_path):
