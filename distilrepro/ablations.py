@@ -79,15 +79,16 @@ def own_results(
 
 def _drawn(run: Run, name: str) -> np.ndarray:
     "Average a student's bootstrap medians over the ablation's tasks; empty where it has no predictions."
-    found = [own_results(run)[t].samples.get(name) for t in run.settings.ablation.tasks]
-    return np.empty(0) if any(v is None for v in found) else np.mean(found, axis=0)
+    found = [own_results(run)[t].samples for t in run.settings.ablation.tasks]
+    return np.mean([samples[name] for samples in found], axis=0) if all(name in samples for samples in found) else np.empty(0)
 
 
 def _macro(run: Run, name: str) -> dict[str, float]:
     "Average a student's medians over the ablation's tasks, with the interval of its draws."
     drawn = _drawn(run, name)
     low, high = interval(drawn) if len(drawn) else (float("nan"),) * 2
-    return dict(macro=np.mean([own_results(run)[t].median(name) for t in run.settings.ablation.tasks]), macro_low=low, macro_high=high)
+    medians = [own_results(run)[t].median(name) for t in run.settings.ablation.tasks]
+    return dict(macro=float(np.mean(medians)), macro_low=float(low), macro_high=float(high))
 
 # %% ../nbs/lib/15d_ablations.ipynb #32fe975f
 def deltas(

@@ -21,6 +21,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
 
@@ -43,17 +44,17 @@ def check_map(
 
 # %% ../nbs/lib/14_attention.ipynb #a0f46b19
 def attention_modules(
-    model: nn.Module,  # BERT or DistilBERT with any head
+    model: PreTrainedModel,  # BERT or DistilBERT with any head
 ) -> list[nn.Module]:  # one a layer, the first first
     "Find what forms the maps; raises `UserError` for another family of models."
-    found = [m for m in model.modules() if isinstance(m, BertSelfAttention | DistilBertSelfAttention)]
+    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, BertSelfAttention | DistilBertSelfAttention)]
     if not found:
         raise UserError(f"no attention to look at in a {type(model).__name__}; expected a BERT or DistilBERT")
     return found
 
 
 def watch_attention(
-    model: nn.Module,  # as `load_eager` gives it
+    model: PreTrainedModel,  # as `load_eager` gives it
     example: dict,  # with `input_ids` [l] and maybe `token_type_ids` [l]
     look: Callable[[int, torch.Tensor], None],  # given each layer's number and map [heads, l, l]; row i: where token i looks
 ) -> None:
@@ -66,7 +67,7 @@ def watch_attention(
 
 # %% ../nbs/lib/14_attention.ipynb #b92fc5ab
 def attention_maps(
-    model: nn.Module,  # as `load_eager` gives it
+    model: PreTrainedModel,  # as `load_eager` gives it
     example: dict,  # with `input_ids` [l] and maybe `token_type_ids` [l]
     layers: Iterable[int] | None = None,  # which, counted from 0; None: all
 ) -> torch.Tensor:  # [layers, heads, l, l]
@@ -84,8 +85,8 @@ def attention_maps(
 
 # %% ../nbs/lib/14_attention.ipynb #e5dc63d1
 def matched_layers(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     rule: str | tuple[int, ...] = "paper",  # `student.layer_map` of the run
 ) -> list[tuple[int, int]]:  # student layer and teacher layer, counted from 0
     "Pair each student layer with the teacher layer it was copied from; raises `UserError` for a map that does not fit."
@@ -107,7 +108,7 @@ def pick_map(
 
 # %% ../nbs/lib/14_attention.ipynb #473834d0
 def rollout(
-    model: nn.Module,  # as `load_eager` gives it
+    model: PreTrainedModel,  # as `load_eager` gives it
     example: dict,  # with `input_ids` [l] and maybe `token_type_ids` [l]
 ) -> np.ndarray:  # [l, l]; row i: shares of the input tokens in the last layer's token i
     "Roll the attention of all layers out to the tokens."
@@ -269,7 +270,7 @@ def attention_figure(
 
 # %% ../nbs/lib/14_attention.ipynb #7ee547f5
 def read_by_cls(
-    model: nn.Module,  # as `load_eager` gives it
+    model: PreTrainedModel,  # as `load_eager` gives it
     example: dict,
     layers: list[int],
 ) -> np.ndarray:  # [layers + 1, l]; the last row is the rollout's

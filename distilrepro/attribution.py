@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SHARES', 'OPINION', 'words_of', 'write_words', 'mask_words', 'log_odds', 'change', 'integrated_gradients',
-           'gradient_x_input', 'deletion', 'deciding_words', 'rank_auc', 'choose_rows', 'study', 'mean_interval',
-           'truth_scores', 'gains', 'attribution_figure', 'deletion_figure']
+           'gradient_x_input', 'deletion', 'deciding_words', 'rank_auc', 'tokens_of', 'choose_rows', 'study',
+           'mean_interval', 'truth_scores', 'gains', 'attribution_figure', 'deletion_figure']
 
 # %% ../nbs/lib/14a_attribution.ipynb #82fcfde0
 import json
@@ -19,6 +19,7 @@ from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from transformers import PreTrainedModel
 
 from .attention import COLOURS, INK, SPECIAL
 from .config import UserError
@@ -64,12 +65,12 @@ def mask_words(
 
 # %% ../nbs/lib/14a_attribution.ipynb #cf9a2875
 def log_odds(
-    model: nn.Module,
+    model: PreTrainedModel,
     names: list[str],  # of the inputs after `input_ids`
     target: int,  # class
 ) -> Callable[..., torch.Tensor]:  # inputs [b, l] -> [b]
     "Make the function whose change is attributed to words."
-    others = [c for c in range(model.config.num_labels) if c != target]
+    others = [c for c in range(model.config.num_labels or 0) if c != target]
 
     def forward(ids, *rest):
         logits = model(input_ids=ids, **dict(zip(names, rest, strict=True))).logits
@@ -78,7 +79,7 @@ def log_odds(
 
 
 def change(
-    model: nn.Module,
+    model: PreTrainedModel,
     example: dict,
     target: int,
     masked: dict,
@@ -90,7 +91,7 @@ def change(
 
 # %% ../nbs/lib/14a_attribution.ipynb #b4c3f359
 def integrated_gradients(
-    model: nn.Module,  # in eval mode
+    model: PreTrainedModel,  # in eval mode
     example: dict,  # encoded
     target: int,  # class
     masked: dict,  # the example with every word masked: where the path begins
@@ -110,7 +111,7 @@ def integrated_gradients(
 
 # %% ../nbs/lib/14a_attribution.ipynb #d89c35e7
 def gradient_x_input(
-    model: nn.Module,  # in eval mode
+    model: PreTrainedModel,  # in eval mode
     example: dict,  # encoded
     target: int,  # class
     masked: dict,  # not used: this method compares with nothing
@@ -128,7 +129,7 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the words that are masked
 
 
 def deletion(
-    model: nn.Module,
+    model: PreTrainedModel,
     example: dict,  # encoded
     groups: list[np.ndarray],  # its words
     orders: list[np.ndarray],  # each a permutation of the words: who is masked first
@@ -169,6 +170,14 @@ def rank_auc(
     return float(roc_auc_score(marked, np.abs(scores))) if 0 < marked.sum() < len(scores) else float("nan")
 
 # %% ../nbs/lib/14a_attribution.ipynb #2a18b1da
+def tokens_of(
+    pair: Pair,
+    at: int,  # position in `pair.rows`
+) -> list[str]:
+    "Read an example's tokens."
+    return list(pair.tokenizer.convert_ids_to_tokens(pair.rows[at]["input_ids"]))
+
+
 def choose_rows(
     pair: Pair,
     count: int,  # examples, at most
@@ -176,12 +185,12 @@ def choose_rows(
 ) -> list[int]:  # positions in `pair.rows`
     "Draw the examples to look at, those with at least two words."
     order = np.random.default_rng(seed).permutation(len(pair.rows))
-    long = (i for i in order if len(words_of(pair.tokenizer.convert_ids_to_tokens(pair.rows[i]["input_ids"]))) > 1)
+    long = (i for i in order if len(words_of(tokens_of(pair, i))) > 1)
     return sorted(int(i) for _, i in zip(range(count), long, strict=False))
 
 
 def study(
-    model: nn.Module,  # as `load_eager` gives it
+    model: PreTrainedModel,  # as `load_eager` gives it
     pair: Pair,
     name: str,  # of the model, `student` or `teacher`
     at: list[int],  # positions in `pair.rows`
@@ -193,7 +202,7 @@ def study(
     mask_id, out, rng = pair.tokenizer.mask_token_id, [], np.random.default_rng(0)
     for i in at:
         example, target = pair.rows[i], int(pair.answers[name].prediction.iloc[i])
-        tokens = pair.tokenizer.convert_ids_to_tokens(example["input_ids"])
+        tokens = tokens_of(pair, i)
         groups = words_of(tokens)
         masked, found = mask_words(example, groups, mask_id), []
         for method, attribute in METHODS.items():
@@ -232,7 +241,7 @@ def truth_scores(
     out = []
     for r in known.itertuples():
         kinds = dict(deciding=deciding_words(truths[r.id], r.words), opinion=[i for i, w in enumerate(r.words) if w in OPINION])
-        out += [dict(id=r.id, column=f"{r.method}, {kind} words", auc=rank_auc(r.scores, true)) for kind, true in kinds.items()]
+        out += [dict(id=r.id, column=f"{r.method}, {kind} words", auc=rank_auc(r.scores, true or [])) for kind, true in kinds.items()]
     return pd.DataFrame(out).pivot(index="id", columns="column", values="auc")
 
 

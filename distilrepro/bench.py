@@ -20,6 +20,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, Final
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,7 +48,7 @@ def products(
 ) -> dict[str, tuple[tuple[int, int, int], float]]:  # shape as `matrix_rate` takes it, and its share of a step's operations
     "List the shapes of a step's matrix products; the square one has no share."
     n, d, words = round(draw_lengths(work).mean() * work.batch), work.width, work.vocab + -work.vocab % 16
-    vocabulary = 8 * d * work.vocab * n / work_flops(work, [n / work.batch] * work.batch)
+    vocabulary = 8 * d * work.vocab * n / work_flops(work, np.full(work.batch, n / work.batch))
     layers = {"d to d": (n, d, d), "d to 4d": (n, d, 4 * d), "4d to d": (n, 4 * d, d)}
     shapes = {name: (shape, (1 - vocabulary) / 3) for name, shape in layers.items()}
     return {"square": ((SQUARE,) * 3, 0.0)} | shapes | {"d to words": ((min(n, PIECE["cpu"]), d, words), vocabulary)}
@@ -102,7 +103,7 @@ ALLOCATORS = {
 }
 
 # %% ../nbs/lib/13d_bench.ipynb #10f8dc57
-START = "spawn"  # a child that has nothing else of its parent
+START: Final = "spawn"  # a child that has nothing else of its parent
 
 
 @contextmanager
@@ -142,7 +143,8 @@ class Racer:
         allocator: str,  # one of `ALLOCATORS`
         cores: tuple[int, ...] = (),  # to keep to; empty: any
     ):
-        self.name, self.work, self.turns = name, work, []
+        self.name, self.work = name, work
+        self.turns: list[dict] = []
         self.process, self.pipe = _launch(kind, work, steps, allocator, cores)
 
     def hear(self) -> dict:
@@ -177,7 +179,7 @@ def memory_needed(
     allocator: str,  # one of `ALLOCATORS`
 ) -> float:  # 10^6 bytes, roughly
     "Estimate the memory of a race."
-    shape = dict(hidden_size=work.width, intermediate_size=4 * work.width, vocab_size=work.vocab)
+    shape: dict[str, Any] = dict(hidden_size=work.width, intermediate_size=4 * work.width, vocab_size=work.vocab)
     teacher, student = (formula_parameters(BertConfig(num_hidden_layers=n, **shape)) for n in (work.layers, -(-work.layers // 2)))
     held, logits = 500 + 4 * (teacher + 4 * student) / 1e6, 12 * 4 * work.batch * work.longest * work.vocab / 1e6
     return racers * held + logits * (racers if allocator == "tuned" else 1)

@@ -9,6 +9,7 @@ __all__ = ['BINS', 'bin_edges', 'place_in_bins', 'ece', 'honest_ece', 'brier_ter
 
 # %% ../nbs/lib/14f_calibration.ipynb #f34e709b
 import hashlib
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -129,7 +130,7 @@ def calibration_table(
             fitted = fit_temperature(logits[fit], answers.label[fit])
             for scaled, temperature in ((False, 1.0), (True, fitted)):
                 values = measure(logits[~fit] / temperature, answers.label[~fit])
-                place = dict(model=model, seed=run, scaled=scaled, temperature=temperature)
+                place: dict[str, Any] = dict(model=model, seed=run, scaled=scaled, temperature=temperature)
                 rows.append(place | dict(n_fit=int(fit.sum()), n=int((~fit).sum())) | values)
     return pd.DataFrame(rows)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add, mul
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def _texts(row: dict) -> set[str]:
     return {str(p) for part in parts for p in part}
 
 
-def _cells(row: dict | list) -> list:
+def _cells(row: dict) -> list:
     "Return the numbers of a row without its score, or those of each row of runs."
     rest = [v for k, v in row.items() if k != "score" and not isinstance(v, str | list)]
     return rest or list(row.values())
@@ -97,7 +98,7 @@ def _step(here, key: str, heads: list[str]):
 def find(
     path: str,  # such as `glue_dev/S1/BERT-base/MNLI` or `facts/books_words`
     among: dict,  # as `numbers` gives them
-) -> Quantity | list:
+) -> Any:  # a `Quantity`, or a list of them
     "Look a number up; raises `UserError` for a path that leads to none or to several rows."
     here = among
     try:
@@ -395,7 +396,8 @@ def claim_findings(
 # %% ../nbs/lib/15e_claims.ipynb #4542f8cb
 def _own_numbers(run: Run) -> dict[str, tuple[str, str]]:
     "Write what the run has: by claim id, the text and what it rests on."
-    out, tasks, task = {}, shared_tasks(run), run.settings.speed.tasks[0]
+    out: dict[str, tuple[str, str]] = {}
+    tasks, task = shared_tasks(run), run.settings.speed.tasks[0]
     if tasks:
         kept, names = retained(run, tasks), dict(hf_retained="ratio_of_means", hf_retained_mean="mean_of_ratios")
         out |= {name: (with_interval(*kept[definition]), f"{len(tasks)} GLUE tasks") for name, definition in names.items()}

@@ -157,9 +157,9 @@ def evaluate(
     if (model is None) == (predictions is None):
         raise UserError("give either --model DIR or --predictions FILE")
     settings = workflow.resolve("sanh2019", data=data, sets=tuple(sets or ()))
-    if predictions:
+    if predictions is not None:
         n, metrics = mark_answers(predictions, task, settings.data)
-    else:
+    elif model is not None:
         n, metrics = mark_model(model, task, settings.data, finetune_for(settings, task))
     show_scores(task, n, metrics)
 

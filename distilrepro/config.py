@@ -384,7 +384,8 @@ def seeds_for(
     task: str,
 ) -> tuple[int, ...]:
     "Return the fine-tuning seeds of a task."
-    return settings.grid.task_seeds.get(task, settings.grid.seeds)
+    own: dict[str, tuple[int, ...]] = dict(settings.grid.task_seeds.items())
+    return own.get(task, settings.grid.seeds)
 
 # %% ../nbs/lib/01_config.ipynb #93f23729
 def load_settings(

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .config import Loop, Loss, Mask, UserError
 from .corpus import TokenStore, plan_epoch, read_batch
@@ -354,7 +354,7 @@ def masked_text(
 
 # %% ../nbs/lib/09_distill.ipynb #c6ffbc16
 def mlm_objective(
-    model: nn.Module,  # BERT or DistilBERT with MLM head
+    model: PreTrainedModel,  # BERT or DistilBERT with MLM head
     text: MaskedText,
 ) -> Objective:
     "Masked language modelling alone; only masked rows meet the vocabulary."
@@ -367,8 +367,8 @@ def mlm_objective(
 
 # %% ../nbs/lib/09_distill.ipynb #43065800
 def distil_objective(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     text: MaskedText,
     args: Loss,
 ) -> Objective:
@@ -381,8 +381,8 @@ def distil_objective(
 # %% ../nbs/lib/09_distill.ipynb #43367b1e
 @torch.inference_mode()
 def evaluate_mlm(
-    model: nn.Module,  # student, or a teacher on its own
-    teacher: nn.Module | None,  # adds `kl` (temperature 1, per token) and `cosine` (mean over tokens)
+    model: PreTrainedModel,  # student, or a teacher on its own
+    teacher: PreTrainedModel | None,  # adds `kl` (temperature 1, per token) and `cosine` (mean over tokens)
     text: MaskedText,  # held-out
     batch: int = 16,  # sequences
 ) -> dict[str, float]:  # mlm_loss (nats a masked word), mlm_accuracy, n, and with a teacher kl and cosine
@@ -400,7 +400,7 @@ def evaluate_mlm(
     return {name: value / max(n[name], 1) for name, value in sums.items()} | {"n": counts.masked}
 
 # %% ../nbs/lib/09_distill.ipynb #342b8b7d
-def _measure(model: nn.Module, teacher: nn.Module | None, b: MaskedBatch) -> dict[str, float]:
+def _measure(model: PreTrainedModel, teacher: PreTrainedModel | None, b: MaskedBatch) -> dict[str, float]:
     "Sum the held-out measurements over a batch."
     hidden = hidden_rows(model, b.ids_bl, b.attention_bl)
     labels = b.labels_bl[b.attention_bl.bool()]

@@ -50,7 +50,8 @@ def tokens_seen(
 ) -> float:
     "Estimate the tokens of a pretraining."
     data = settings.data
-    size = data.max_tokens or (40 * data.documents if data.source == "synthetic" else sum(CORPUS_WORDS.get(c, 1e7) for c in data.corpus))
+    words = 40 * data.documents if data.source == "synthetic" else sum(CORPUS_WORDS.get(c, 1e7) for c in data.corpus)
+    size: float = data.max_tokens or words
     in_updates = (loop.max_updates or 10**12) * loop.batch * loop.accumulation * min(data.max_len, 60)
     return min(size * loop.epochs, in_updates)
 

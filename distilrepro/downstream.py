@@ -82,8 +82,8 @@ def metric_cells(
     model: str,
 ) -> list[str]:
     "Write a model's medians with their intervals, or why there are none."
-    have = {c: r is not None and model in r.scores for c, r in found.items()}
-    return [with_interval(r.median(model), *r.interval(model)) if have[c] else unfilled(run, model, c[0]) for c, r in found.items()]
+    return [unfilled(run, model, c[0]) if r is None or model not in r.scores else with_interval(r.median(model), *r.interval(model))
+            for c, r in found.items()]
 
 
 def retained_cells(
@@ -91,8 +91,8 @@ def retained_cells(
     model: str,
 ) -> list[str]:
     "Write a student's score in percent of the teacher's."
-    have = [r is not None and {model, "teacher"} <= r.scores.keys() for r in found.values()]
-    return [with_interval(*kept_by([r], model)["ratio_of_means"]) if h else "–" for h, r in zip(have, found.values(), strict=True)]
+    return ["–" if r is None or not {model, "teacher"} <= r.scores.keys() else with_interval(*kept_by([r], model)["ratio_of_means"])
+            for r in found.values()]
 
 
 def added(
@@ -102,8 +102,8 @@ def added(
     if result is None or not {"student", "student_d"} <= result.scores.keys():
         return (float("nan"),) * 3
     value = result.median("student_d") - result.median("student")
-    ends = interval(result.samples["student_d"] - result.samples["student"]) if result.samples else (float("nan"),) * 2
-    return value, *map(float, ends)
+    low, high = interval(result.samples["student_d"] - result.samples["student"]) if result.samples else (float("nan"),) * 2
+    return value, float(low), float(high)
 
 # %% ../nbs/lib/15c_downstream.ipynb #fd358d0f
 def own_rows(
@@ -209,8 +209,8 @@ def cornell_retention(
     printed = dict(s0_measured=claims["retention_pct"], paper=claims["paper_retention_pct"])
     for whose, part in published("s0_table1").groupby("whose", sort=False):
         pair = part.set_index("model")[["imdb", "cola", "mrpc"]].astype(float)
-        kept = retention(pair.loc["student"], pair.loc["teacher"], np.zeros(3))
-        other.append([f"Student / Teacher\n{SOURCES[whose]}", *(number(kept[k], 2, 100) for k in keys), f"{printed[whose]}"])
+        share = retention(pair.loc["student"], pair.loc["teacher"], np.zeros(3))
+        other.append([f"Student / Teacher\n{SOURCES[whose]}", *(number(float(share[k]), 2, 100) for k in keys), f"{printed[whose]}"])
     holes = [] if rows else [f"Missing: this run does not have both models on all three tasks. To fill: {command(run)}"]
     columns = ["IMDb, CoLA and MRPC", "Ratio of means, %", "Mean of ratios, %", "As printed, %"]
     blocks = [(own_heading(run), rows or [["Student / Teacher", "missing", "missing", "–"]]), ("Computed from the poster's cells", other)]

@@ -9,6 +9,7 @@ __all__ = ['PLACES', 'COLUMNS', 'WIDTH', 'HEIGHT', 'model_sizes', 'own_sizes', '
 
 # %% ../nbs/lib/15f_drawings.ipynb #ac903eeb
 from datetime import datetime
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -62,7 +63,8 @@ def name_marks(
     points: list[tuple[float, float, str]],  # x, y, text
 ) -> list[Bbox]:  # where the texts lie, in pixels
     "Write a text beside each mark, none over another text or a mark; a text for which no place is free takes the last."
-    inside, taken = ax.get_window_extent(), []
+    inside = ax.get_window_extent()
+    taken: list[Bbox] = []
     marks = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform([(x, y) for x, y, _ in points])]
     for i, (x, y, text) in enumerate(points):
         for dx, dy, ha, va in PLACES:
@@ -85,7 +87,7 @@ def sizes_figure(
     colours = {"BERT-base": COLOURS["teacher"], "DistilBERT": COLOURS["student"]}
     for row in rows:
         colour = COLOURS[row["own"]] if row["own"] else colours.get(row["name"], GREY)
-        style = dict(marker="D", s=42, facecolors="none") if row["own"] else dict(marker="o", s=30, facecolors=colour)
+        style: dict[str, Any] = dict(marker="D", s=42, facecolors="none") if row["own"] else dict(marker="o", s=30, facecolors=colour)
         ax.scatter(row["when"], row["parameters"], edgecolors=colour, linewidths=1.6, gid="size", zorder=3, **style)
     ax.set_yscale("log")
     ax.margins(x=0.09, y=0.08)

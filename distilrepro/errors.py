@@ -193,14 +193,15 @@ def mean_f1(
     if f1.empty:
         return float("nan"), float("nan"), float("nan")
     drawn = two_way_bootstrap(mean, np.ones(len(f1)), {"f1": f1.to_numpy(float)[None]})["f1"]
-    return float(f1.mean()), *map(float, interval(drawn))
+    low, high = interval(drawn)
+    return float(f1.mean()), float(low), float(high)
 
 
 def error_rates(
     table: pd.DataFrame,  # of `Answers`
 ) -> dict[str, float]:  # `n`, for each model `_wrong` (count), `_rate`, `_low`, `_high`, for SQuAD `_f1`, `_f1_low`, `_f1_high`
     "Compute both models' error rates on some examples."
-    out = dict(n=len(table))
+    out: dict[str, float] = dict(n=len(table))
     for model in ("teacher", "student"):
         wrong = int((~table[f"{model}_right"].astype(bool)).sum())
         out[f"{model}_wrong"] = wrong

@@ -108,7 +108,7 @@ def answer_text(
     said: float | str,  # as `outputs` gives it
 ) -> str:
     "Write what a model said."
-    if task == "squad":
+    if isinstance(said, str):  # of SQuAD
         return f"{said or 'no answer'}\nF1 {number(100 * mark(said, [row['printed']])[1])}"
     return number(said, 2) + ("" if task == "stsb" else "\nacceptable" if said > 0.5 else "\nunacceptable")
 

@@ -11,6 +11,7 @@ __all__ = ['Answer', 'INPUTS', 'INT8_FILE', 'ONNX_FILE', 'FORMS', 'padded_batche
 
 # %% ../nbs/lib/13e_export.ipynb #5cdd639c
 import importlib
+import itertools
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as Int8Linear
 from torch.ao.quantization import quantize_dynamic
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .config import Forms, UserError, finetune_for, unknown
@@ -76,7 +78,7 @@ def stock_classifier(
     folder: Path,  # a fine-tuned BERT or DistilBERT
     attention: str = "sdpa",  # or `eager`
     dtype: torch.dtype = torch.float32,
-) -> nn.Module:  # in eval mode, on the CPU
+) -> PreTrainedModel:  # in eval mode, on the CPU
     "Load a fine-tuned classifier; raises `UserError` when it has no trained head."
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder, attn_implementation=attention, dtype=dtype, use_safetensors=True, output_loading_info=True)
@@ -86,12 +88,12 @@ def stock_classifier(
 
 
 def torch_answer(
-    model: nn.Module,
+    model: PreTrainedModel,
 ) -> Answer:
     "Put a PyTorch model behind the interface."
     def run(inputs):
         with torch.inference_mode():
-            return answer(model, inputs).logits.float()
+            return answer(model, inputs)["logits"].float()
     return run
 
 
@@ -363,7 +365,7 @@ def time_rows(
             seconds = time_inputs(call, batches, warmup)
             step()
             return seconds
-        for p in take_turns({key: lambda c=c, run=one_pass: run(c) for key, c in forms.items()}, args.repeats, threads).to_dict("records"):
+        for p in take_turns({key: partial(one_pass, c) for key, c in forms.items()}, args.repeats, threads).to_dict("records"):
             place = dict(model=p["model"][0], form=p["model"][1], batch=size, threads=threads, seed=p["repeat"], n=examples)
             values = dict(pass_s=(p["pass_s"], "s"), latency_p50_ms=(p["p50_ms"], "ms"), latency_p95_ms=(p["p95_ms"], "ms"),
                           examples_per_s=(examples / p["pass_s"], "examples/s"))
@@ -403,7 +405,7 @@ def thread_counts(
     asked: tuple[int, ...],  # 0: all cores
 ) -> list[int]:
     "Resolve numbers of threads on this machine, each once."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return list(dict.fromkeys(n or cores for n in asked))
 
 
@@ -418,17 +420,17 @@ def form_rows(
     on_pass: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict]:  # records; a form that cannot run has the single metric `skipped`, with the reason as its note
     "Measure all forms that are asked for, of all models."
-    why = {name: FORMS[name].obstacle() for name in dict.fromkeys(("eager", *args.names))}
+    why: dict[str, str] = {name: FORMS[name].obstacle() for name in dict.fromkeys(("eager", *args.names))}
     able, counts = [name for name, reason in why.items() if not reason], thread_counts(args.threads)
     out = [dict(model=m, form=name, metric="skipped", value=1, note=reason) for m in models for name, reason in why.items() if reason]
     places = {(m, name): FORMS[name].write(source, files / f"{m}-{name}") for m, source in models.items() for name in able}
     out += size_rows(places, max(args.batches), max(len(r["input_ids"]) for r in timed))
-    done, total = [], len(counts) * len(args.batches) * args.repeats * len(places)
+    passes, total = itertools.count(1), len(counts) * len(args.batches) * args.repeats * len(places)
     for count in counts:
         with pinned_threads(count):
             forms = {key: FORMS[key[1]].open(folder, count) for key, folder in places.items()}
             out += quality_rows(task, rows, pad_id, forms) if count == counts[0] else []
-        out += time_rows(timed, pad_id, forms, args, count, lambda: (done.append(1), on_pass(len(done), total)))
+        out += time_rows(timed, pad_id, forms, args, count, lambda: on_pass(next(passes), total))
     return out
 
 # %% ../nbs/lib/13e_export.ipynb #0d933696

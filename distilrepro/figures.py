@@ -13,6 +13,7 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,7 +31,7 @@ GREY = "#787878"
 
 def use_style() -> None:
     "Set matplotlib so that pictures read on light and dark pages."
-    ink = {k: GREY for k in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    ink: dict[Any, Any] = {k: GREY for k in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
     plt.rcParams.update(ink | {
         "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False, "figure.dpi": 90,
         "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "grid.color": "#78787844",

@@ -20,6 +20,7 @@ from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, DistilBertForSequenceClassification
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import ModelOutput
 
@@ -44,7 +45,7 @@ def load_classifier(
     folder: Path,  # a BERT or DistilBERT with or without MLM head
     task: Task,
     seed: int,  # of the new head
-) -> nn.Module:  # stock sequence classifier, in eval mode
+) -> PreTrainedModel:  # stock sequence classifier, in eval mode
     "Load an encoder under a new head; raises `UserError` when anything but the head is missing."
     torch.manual_seed(seed)
     kind = "regression" if task.is_regression else "single_label_classification"
@@ -89,7 +90,7 @@ def labelled_batch(
 
 # %% ../nbs/lib/11_finetune.ipynb #9ff29792
 def answer(
-    model: nn.Module,  # BERT or DistilBERT with any head
+    model: PreTrainedModel,  # BERT or DistilBERT with any head
     inputs: dict[str, torch.Tensor],  # as a batch carries them
 ) -> ModelOutput:
     "Run a model on a batch, leaving out the segment ids if it has no embedding for them."
@@ -115,19 +116,19 @@ FIRST = {  # stock classifiers that read the first token alone -> what follows t
 
 
 def class_logits(
-    model: nn.Module,  # sequence classifier
+    model: PreTrainedModel,  # sequence classifier
     inputs: dict[str, torch.Tensor],  # as a batch carries them
 ) -> torch.Tensor:  # float32 [b, labels]
     "Run a classifier on a batch, without what none of its answers depends on."
     part = FIRST.get(type(model))
     with part(model).register_forward_pre_hook(lambda _, args: tuple(x[:, :1] for x in args)) if part else nullcontext():
-        return answer(model, inputs).logits.float()
+        return answer(model, inputs)["logits"].float()
 
 # %% ../nbs/lib/11_finetune.ipynb #313ac463
 @dataclass(frozen=True)
 class SoftTargets:
     "Who gives soft targets during fine-tuning, and what they weigh."
-    teacher: nn.Module  # fine-tuned on the same task
+    teacher: PreTrainedModel  # fine-tuned on the same task
     temperature: float
     alpha_ce: float  # of the soft targets
     alpha_task: float  # of the labels
@@ -146,7 +147,7 @@ def soft_loss(
 
 # %% ../nbs/lib/11_finetune.ipynb #ced2d5bc
 def task_objective(
-    model: nn.Module,  # sequence classifier
+    model: PreTrainedModel,  # sequence classifier
     task: Task,
     rows: list[dict],  # encoded training examples
     pad_id: int,
@@ -170,7 +171,7 @@ def task_objective(
 # %% ../nbs/lib/11_finetune.ipynb #cbfffc5a
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
+    model: PreTrainedModel,
     rows: list[dict],  # encoded examples
     pad_id: int,
     batch: int = 64,  # examples
@@ -179,7 +180,7 @@ def predict(
     "Run a classifier over examples."
     model.eval().to(pick_device())
     order = np.argsort([len(r["input_ids"]) for r in rows], kind="stable")
-    out = np.zeros((len(rows), model.config.num_labels), np.float32)
+    out = np.zeros((len(rows), model.config.num_labels or 0), np.float32)
     for at in range(0, len(rows), batch):
         part = order[at : at + batch]
         inputs = labelled_batch([rows[i] for i in part], pad_id).inputs
@@ -228,7 +229,7 @@ def task_rows(
 @dataclass(frozen=True)
 class Tuned:
     "A fine-tuned model, what it said, and how it scored."
-    model: nn.Module
+    model: PreTrainedModel
     predictions: pd.DataFrame
     metrics: dict[str, float]  # of the selected weights; besides `score_final`, `score_best`, `best_step`
     log: list[dict]
@@ -254,7 +255,7 @@ class Epochs:
 
 # %% ../nbs/lib/11_finetune.ipynb #13bf52e3
 def tune(
-    model: nn.Module,  # trained in place
+    model: PreTrainedModel,  # trained in place
     objective: Objective,
     loop: Loop,
     table: Callable[[], pd.DataFrame],  # what the model now says about the evaluated examples

@@ -140,12 +140,12 @@ def forms_findings(
     timed = [f for f in FORMS_IN_WORDS if (records[records.metric == "pass_s"].form == f).any()]
     for model in ("teacher", "student"):
         gain = {f: ratio(records, dict(model=model, form="eager"), dict(model=model, form=f), **place).median() for f in timed}
-        best = max(gain, key=gain.get)
+        best = max(gain, key=gain.__getitem__)
         same = values_of(records, model=model, form=best, metric="agreement").iloc[0]
         out.append(f"{MODELS[model]}: {FORMS_IN_WORDS[best]} is the fastest form at batch {place['batch']}, "
                    f"{number(gain[best], 2)}x eager; {number(same, scale=100)} % of its answers are the same.")
     lead = {f: ratio(records, dict(model="teacher", form=f), dict(model="student", form=f), **place).median() for f in timed}
-    low, high = min(lead, key=lead.get), max(lead, key=lead.get)
+    low, high = min(lead, key=lead.__getitem__), max(lead, key=lead.__getitem__)
     out.append(f"The student's lead lies between {number(lead[low], 2)}x ({FORMS_IN_WORDS[low]}) and {number(lead[high], 2)}x "
                f"({FORMS_IN_WORDS[high]}) in the same form.")
     out.append("One machine, one task, texts of its length: another processor may order the forms otherwise.")

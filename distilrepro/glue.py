@@ -69,7 +69,8 @@ def macro(
     value = float(np.mean([r.median(model) for r in found]))
     if any(model not in r.samples for r in found):
         return value, float("nan"), float("nan")
-    return value, *map(float, interval(np.mean([r.samples[model] for r in found], axis=0)))
+    low, high = interval(np.mean([r.samples[model] for r in found], axis=0))
+    return value, float(low), float(high)
 
 # %% ../nbs/lib/15a_glue.ipynb #a882509c
 def kept_by(
@@ -80,11 +81,13 @@ def kept_by(
     if not found:
         return {}
     floor, pair = np.array([r.floor for r in found]), (model, "teacher")
-    point = retention(*([r.median(m) for r in found] for m in pair), floor)
+    ours, theirs = (np.array([r.median(m) for r in found]) for m in pair)
+    point = retention(ours, theirs, floor)
     if any(not set(pair) <= r.samples.keys() for r in found):
         return {k: (float(v), float("nan"), float("nan")) for k, v in point.items()}
-    drawn = retention(*(np.stack([r.samples[m] for r in found], axis=1) for m in pair), floor)
-    return {k: (float(v), *map(float, interval(drawn[k]))) for k, v in point.items()}
+    ours, theirs = (np.stack([r.samples[m] for r in found], axis=1) for m in pair)
+    ends = {k: interval(drawn) for k, drawn in retention(ours, theirs, floor).items()}
+    return {k: (float(v), float(ends[k][0]), float(ends[k][1])) for k, v in point.items()}
 
 
 def retained(
@@ -159,8 +162,8 @@ def own_block(
         means = [macro(run, model, s if set(s) <= set(has) else []) for s in sets]
         rows.append([own_label(run, model), *(with_interval(*m) for m in means), *own_cells(run, model)])
     for model in models[1:]:
-        has = set(shared_tasks(run, models=(model, "teacher")))
-        kept = [retained(run, s, model) if has >= {*s} else {} for s in sets]
+        both = shared_tasks(run, models=(model, "teacher"))
+        kept = [retained(run, s, model) if set(s) <= set(both) else {} for s in sets]
         ratios = [with_interval(*k["ratio_of_means"]) if k else "–" for k in kept]
         rows.append([f"Retained, %\n{MODELS[model]} / Teacher", *ratios, *ratio_cells(run, model)])
     floors = [number(float(np.mean([found[t].floor for t in s])) if s else None, scale=100) for s in sets]
@@ -282,7 +285,9 @@ def how_to_read(
     models: tuple[str, ...] = COMPARED,
 ) -> Table:
     "State for each task split, metric, aggregation, seeds of each model, n, selection rule and data."
-    found, rows, data = results(run), [], []
+    found = results(run)
+    rows: list[list] = []
+    data: list[dict] = []
     for t in [t for t in tasks if t in found or t in run.settings.grid.tasks]:
         args = finetune_for(run.settings, t)
         have = [len(found[t].scores.get(m, ())) if t in found else 0 for m in models]
@@ -331,7 +336,8 @@ def retention_table(
     run: Run,
 ) -> Table:
     "Set the student's retention in three definitions beside what the published cells give."
-    glue, rows, data = shared_tasks(run), [], []
+    glue, rows = shared_tasks(run), []
+    data: list[dict] = []
     sets = {f"{len(glue)} GLUE tasks": glue, "without WNLI": [t for t in glue if t != "wnli"], "with IMDb": shared_tasks(run, SHOWN)}
     for name, tasks in sets.items():
         if tasks and (name == f"{len(glue)} GLUE tasks" or tasks != glue):
@@ -340,8 +346,9 @@ def retention_table(
             data += [dict(tasks=tasks, definition=k, value=v, low=low, high=high) for k, (v, low, high) in kept.items()]
     other = []
     for who, student, teacher in published_pairs():
-        kept = retention(student, teacher, np.zeros(len(student)))
-        other.append([f"DistilBERT / BERT\n{who}", *(number(kept[k], scale=100) for k in ("ratio_of_means", "mean_of_ratios")), "–"])
+        share = retention(np.array(student), np.array(teacher), np.zeros(len(student)))
+        known = (number(float(share[k]), scale=100) for k in ("ratio_of_means", "mean_of_ratios"))
+        other.append([f"DistilBERT / BERT\n{who}", *known, "–"])
     columns = ["Who, over which tasks", "Ratio of macro means, %", "Mean of per-task ratios, %", "Above the floor, %"]
     notes = ["Above the floor: sum of (student - floor) over sum of (teacher - floor); a dash where a source does not give its floors.",
              *(["The interval is not defined where the teacher reaches 0 in a resample."] if any(np.isnan(d["low"]) for d in data) else [])]
@@ -439,7 +446,8 @@ def macro_difference(
     value = macro(run, model, tasks)[0] - macro(run, base, tasks)[0]
     if any(not {model, base} <= r.samples.keys() for r in found):
         return value, float("nan"), float("nan")
-    return value, *map(float, interval(np.mean([r.samples[model] - r.samples[base] for r in found], axis=0)))
+    low, high = interval(np.mean([r.samples[model] - r.samples[base] for r in found], axis=0))
+    return value, float(low), float(high)
 
 # %% ../nbs/lib/15a_glue.ipynb #2db8963e
 def glue_findings(
@@ -459,9 +467,9 @@ def glue_findings(
     if (apart.reads == "teacher at the floor").any():
         out.append("A task at the floor carries no evidence of learning, although it counts towards the macro score.")
     if tasks and all({"student", "teacher"} <= results(run)[t].samples.keys() for t in tasks):
-        drawn = (np.mean([results(run)[t].samples[m] for t in tasks], axis=0) for m in ("student", "teacher"))
+        student, teacher = (np.mean([results(run)[t].samples[m] for t in tasks], axis=0) for m in ("student", "teacher"))
         share = reference()["s0_claims"]["paper_retention_pct"]
-        verdict = retains(*drawn, share / 100).verdict
+        verdict = retains(student, teacher, share / 100).verdict
         out.append(f"That the student's macro keeps {share} % of the teacher's, to within half a point: {verdict}.")
     both = shared_tasks(run, models=COMPARED)
     if both:

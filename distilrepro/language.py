@@ -10,8 +10,10 @@ __all__ = ['PEOPLE', 'ROLES', 'KINDS', 'NOUNS', 'PLACES', 'NUMBERS', 'TIMES', 'V
            'answer', 'askable', 'lexicon', 'vocabulary']
 
 # %% ../nbs/lib/02a_language.ipynb #cabdba50
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 # %% ../nbs/lib/02a_language.ipynb #d84ba08a
 def stream(
@@ -39,20 +41,20 @@ NUMBERS = "one two three four five six".split()
 TIMES = {True: ("yesterday", "last week"), False: ("every day", "every week")}  # past or not -> adverbs
 
 # %% ../nbs/lib/02a_language.ipynb #f089fe89
-VERBS = {  # concept -> (forms of lexeme 0, forms of lexeme 1, kinds of patient, opposite concept)
+VERBS = {  # concept -> (forms of lexeme 0, forms of lexeme 1, kinds of patient, opposite concept or nothing)
     "fix": ("fix fixes fixed fixed", "repair repairs repaired repaired", "vehicle tool", "break"),
     "break": ("break breaks broke broken", "damage damages damaged damaged", "vehicle tool", "fix"),
-    "wash": ("wash washes washed washed", "clean cleans cleaned cleaned", "animal vehicle fruit", None),
+    "wash": ("wash washes washed washed", "clean cleans cleaned cleaned", "animal vehicle fruit", ""),
     "find": ("find finds found found", "discover discovers discovered discovered", "animal vehicle fruit tool", "lose"),
     "lose": ("lose loses lost lost", "misplace misplaces misplaced misplaced", "animal vehicle fruit tool", "find"),
-    "buy": ("buy buys bought bought", "purchase purchases purchased purchased", "animal vehicle fruit tool", None),
-    "watch": ("watch watches watched watched", "observe observes observed observed", "animal person", None),
-    "follow": ("follow follows followed followed", "chase chases chased chased", "animal person", None),
+    "buy": ("buy buys bought bought", "purchase purchases purchased purchased", "animal vehicle fruit tool", ""),
+    "watch": ("watch watches watched watched", "observe observes observed observed", "animal person", ""),
+    "follow": ("follow follows followed followed", "chase chases chased chased", "animal person", ""),
     "love": ("love loves loved loved", "adore adores adored adored", "animal person fruit", "hate"),
     "hate": ("hate hates hated hated", "detest detests detested detested", "animal person fruit", "love"),
-    "eat": ("eat eats ate eaten", "devour devours devoured devoured", "fruit", None),
-    "move": ("move moves moved moved", "shift shifts shifted shifted", "vehicle tool", None),
-    "help": ("help helps helped helped", "assist assists assisted assisted", "person animal", None),
+    "eat": ("eat eats ate eaten", "devour devours devoured devoured", "fruit", ""),
+    "move": ("move moves moved moved", "shift shifts shifted shifted", "vehicle tool", ""),
+    "help": ("help helps helped helped", "assist assists assisted assisted", "person animal", ""),
 }
 
 # %% ../nbs/lib/02a_language.ipynb #7c6fdf8e
@@ -104,7 +106,7 @@ class Event:
 def draw_event(
     rng: Random,  # source of randomness
     detail: float = 0.5,  # probability of each optional slot
-    **fixed: object,  # slots that are given
+    **fixed: Any,  # slots that are given
 ) -> Event:  # a random fact that obeys the verbs' tables
     "Draw a random event."
     verb = fixed.pop("verb", None) or rng.choice(list(VERBS))
@@ -258,13 +260,14 @@ def alter(
         return replace(e, verb=VERBS[e.verb][3]), slot
     if slot == "adjective":
         return replace(e, adjective=ADJECTIVES[e.adjective][2]), slot
-    pools = {
+    pools: dict[str, Iterable] = {
         "agent": [plural(r) for r in ROLES] if is_plural(e.agent) else PEOPLE if e.agent in PEOPLE else ROLES,
         "place": PLACES,
         "count": range(2, 7),
         "patient": PEOPLE if e.patient in PEOPLE else KINDS[NOUNS[e.patient]].split(),
     }
-    return replace(e, **{slot: rng.choice([x for x in pools[slot] if x not in (getattr(e, slot), e.agent, e.patient)])}), slot
+    other: dict[str, Any] = {slot: rng.choice([x for x in pools[slot] if x not in (getattr(e, slot), e.agent, e.patient)])}
+    return replace(e, **other), slot
 
 # %% ../nbs/lib/02a_language.ipynb #b4dc89cf
 def distort(

@@ -11,7 +11,10 @@ __all__ = ['KINDS', 'as_encoder', 'load_encoder', 'look_inside', 'entropy_bits',
 # %% ../nbs/lib/14b_likeness.ipynb #dd9fcd39
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,8 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from safetensors.torch import load_model
 from scipy.optimize import linear_sum_assignment
-from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from .attention import INK
 from .config import UserError
@@ -34,16 +36,17 @@ from .student import layer_map, load_teacher, student_from
 
 # %% ../nbs/lib/14b_likeness.ipynb #445c8f4d
 def as_encoder(
-    model: nn.Module,  # a `transformers` model, with or without a head
-) -> nn.Module:  # its encoder, in eval mode, with attention that can be looked at
+    model: PreTrainedModel,  # a `transformers` model, with or without a head
+) -> PreTrainedModel:  # its encoder, in eval mode, with attention that can be looked at
     "Take the encoder out of a model."
     model.set_attn_implementation("eager")
-    return model.base_model.eval()
+    encoder: Any = model.base_model
+    return encoder.eval()
 
 
 def load_encoder(
     folder: Path,  # saved by `save_pretrained`
-) -> nn.Module:
+) -> PreTrainedModel:
     "Load the encoder of a saved model; raises `UserError` where there is none or tensors are missing."
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no model in {folder}; expected a folder written by save_pretrained; run the stage that makes it first")
@@ -56,7 +59,7 @@ def load_encoder(
 
 @torch.inference_mode()
 def look_inside(
-    encoder: nn.Module,
+    encoder: PreTrainedModel,
     ids: np.ndarray,  # tokens of one sequence, [l]
 ) -> tuple[torch.Tensor, torch.Tensor]:  # attention [layers, heads, l, l]; hidden states [1 + layers, l, width], embeddings first
     "Run one sequence; raises `UserError` for tokens that the model does not know."
@@ -83,8 +86,8 @@ def js_divergence(
 
 
 def head_divergences(
-    student: nn.Module,  # encoder
-    teacher: nn.Module,  # encoder
+    student: PreTrainedModel,  # encoder
+    teacher: PreTrainedModel,  # encoder
     sequences: list[np.ndarray],  # tokens
 ) -> np.ndarray:  # [sequences, student layers, teacher layers, student heads, teacher heads], mean over the tokens of each
     "Compare every head of the student with every head of the teacher."
@@ -161,20 +164,17 @@ def linear_cka(
     below = xx.norm(dim=(1, 2))[:, None] * yy.norm(dim=(1, 2))[None]
     traces = [m.diagonal(dim1=1, dim2=2).sum(1) for m in (xx, yy)]
     chance = traces[0][:, None] * traces[1][None] / max(products.n - 1, 1)
-    return tuple(torch.where(below > 0, v / below, torch.nan).numpy() for v in (xy.norm(dim=(2, 3)) ** 2, chance))
+    cka, shuffled = (torch.where(below > 0, v / below, torch.nan).numpy() for v in (xy.norm(dim=(2, 3)) ** 2, chance))
+    return cka, shuffled
 
 # %% ../nbs/lib/14b_likeness.ipynb #d4f1c2f2
 def stream_products(
-    student: nn.Module,  # encoder
-    teacher: nn.Module,  # encoder
+    student: PreTrainedModel,  # encoder
+    teacher: PreTrainedModel,  # encoder
     sequences: list[np.ndarray],  # tokens
 ) -> Products:
     "Sum the products of all layers of two models over some text."
-    total = None
-    for ids in sequences:
-        one = Products(look_inside(student, ids)[1], look_inside(teacher, ids)[1])
-        total = one if total is None else total + one
-    return total
+    return reduce(add, (Products(look_inside(student, ids)[1], look_inside(teacher, ids)[1]) for ids in sequences))
 
 # %% ../nbs/lib/14b_likeness.ipynb #b54540cd
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ class Likeness:
 
 
 def compare_inside(
-    student: nn.Module,  # encoder
-    teacher: nn.Module,  # encoder
+    student: PreTrainedModel,  # encoder
+    teacher: PreTrainedModel,  # encoder
     sequences: list[np.ndarray],  # tokens, two sequences or more
     chosen: tuple[int, ...],  # teacher layer of each student layer
 ) -> Likeness:
@@ -204,7 +204,8 @@ def compare_inside(
     heads = compare_heads(divergences, chosen)
     parts = [stream_products(student, teacher, sequences[at::2]) for at in (0, 1)]
     total = parts[0] + parts[1]
-    return Likeness(chosen, divergences, heads, *linear_cka(total), tuple(linear_cka(p)[0] for p in parts), total.n)
+    halves = linear_cka(parts[0])[0], linear_cka(parts[1])[0]
+    return Likeness(chosen, divergences, heads, *linear_cka(total), halves, total.n)
 
 # %% ../nbs/lib/14b_likeness.ipynb #ae24af85
 def held_out(
@@ -221,7 +222,7 @@ def held_out(
 
 def student_stages(
     run: Run,
-) -> Iterator[tuple[str, float, nn.Module]]:  # name, updates (NaN: not recorded), encoder
+) -> Iterator[tuple[str, float, PreTrainedModel]]:  # name, updates (NaN: not recorded), encoder
     "Yield the run's student at random, as it was cut, at the checkpoints that are kept, and at its end."
     s, checkpoints = run.settings.student, run.folder / "checkpoints"
     teacher = load_teacher(str(checkpoints / "teacher"))
@@ -240,8 +241,8 @@ def student_stages(
 # %% ../nbs/lib/14b_likeness.ipynb #8690b0c3
 def compare_stages(
     run: Run,
-    stages: Iterator[tuple[str, float, nn.Module]],  # as `student_stages` yields them
-    teacher: nn.Module,  # encoder
+    stages: Iterator[tuple[str, float, PreTrainedModel]],  # as `student_stages` yields them
+    teacher: PreTrainedModel,  # encoder
     sequences: list[np.ndarray],  # tokens
 ) -> dict[tuple[str, float], Likeness]:  # by name and updates
     "Compare a student with its teacher at each stage, layers matched by the run's layer map."

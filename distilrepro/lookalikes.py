@@ -11,6 +11,7 @@ __all__ = ['VIOLATIONS', 'IRREGULAR', 'WEIGHTS', 'TASKS', 'disagree', 'violate',
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 from .config import UserError
 from distilrepro.language import (
@@ -168,8 +169,8 @@ def relate(
         return e, other, False, f"other {', '.join(changed)}"
     if relation == 1:
         slot = rng.choice(["place", "adjective"]) if e.patient in NOUNS and e.count == 1 else "place"
-        more = replace(e, **{slot: getattr(e, slot) or rng.choice(PLACES if slot == "place" else list(ADJECTIVES))})
-        return replace(e, **{slot: ""}), more, False, f"unknown {slot}"
+        said: dict[str, Any] = {slot: getattr(e, slot) or rng.choice(PLACES if slot == "place" else list(ADJECTIVES))}
+        return replace(e, **said | {slot: ""}), replace(e, **said), False, f"unknown {slot}"
     if rng.random() < 0.2:
         return e, replace(e, adjective=""), True, "hypernym"
     return e, replace(e, adjective="") if rng.random() < 0.2 else replace(e, place="") if rng.random() < 0.3 else e, False, "restated"
@@ -234,7 +235,7 @@ def draw_qnli(
     asked = rng.choice(askable(e)[2:] if len(askable(e)) > 2 and rng.random() < 0.6 else askable(e))
     other, changed = distort(rng, e, keep=asked) if label else (e, [])
     if label and asked in ("place", "count") and rng.random() < 0.8:
-        other, changed = replace(e, **{asked: "" if asked == "place" else 1}), [asked]
+        other, changed = replace(e, place="") if asked == "place" else replace(e, count=1), [asked]
     return dict(
         question=f"{question(e, asked, int(rng.random() < 0.3), rng.random() < 0.3)} ?",
         sentence=f"{reword(rng, other, 0.3)} .",
@@ -296,13 +297,14 @@ def task(
     draw, sizes = TASKS[name]
     seen, splits = set(), {}
     for split, size in sizes.items():
-        rng, rows = stream(name, split, seed), []
+        rng = stream(name, split, seed)
+        rows: list[dict] = []
         while len(rows) < size:
             row = draw(rng)
             if inputs(row) in seen:
                 continue
             seen.add(inputs(row))
-            index = {"squad": {"id": f"{split}-{len(rows)}"}, "imdb": {}}.get(name, {"idx": len(rows)})
-            rows.append({**row, **index})
+            index: dict[str, dict] = {"squad": {"id": f"{split}-{len(rows)}"}, "imdb": {}}
+            rows.append(row | index.get(name, {"idx": len(rows)}))
         splits[split] = rows
     return splits

@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import DistilBertForMaskedLM, PreTrainedModel
 
 from .config import Loss, UserError
 from .fused import IGNORE, vocab_loss
@@ -61,21 +62,21 @@ def hidden_cosine(
 
 # %% ../nbs/lib/08_losses.ipynb #fd223c56
 def head_rows(
-    model: nn.Module,
+    model: PreTrainedModel,
     hidden_nd: torch.Tensor,  # rows x width
 ) -> torch.Tensor:  # rows x width: what the decoder multiplies
     "Apply the MLM head up to the vocabulary projection."
-    if model.config.model_type == "bert":
-        return model.cls.predictions.transform(hidden_nd)
-    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_nd)))
+    if isinstance(model, DistilBertForMaskedLM):
+        return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_nd)))
+    return model.get_submodule("cls.predictions.transform")(hidden_nd)
 
 
 def decoder(
-    model: nn.Module,
+    model: PreTrainedModel,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # weight (vocabulary x width), bias (vocabulary)
     "Return the vocabulary projection."
-    layer = model.cls.predictions.decoder if model.config.model_type == "bert" else model.vocab_projector
-    return layer.weight, layer.bias
+    layer = "vocab_projector" if isinstance(model, DistilBertForMaskedLM) else "cls.predictions.decoder"
+    return model.get_parameter(f"{layer}.weight"), model.get_parameter(f"{layer}.bias")
 
 # %% ../nbs/lib/08_losses.ipynb #720e4c39
 def vocab_terms(
@@ -135,8 +136,8 @@ def divisors(
 
 # %% ../nbs/lib/08_losses.ipynb #3aa360ce
 def triple_loss(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     ids_bl: torch.Tensor,  # masked input
     attention_bl: torch.Tensor,  # 1 at real tokens
     labels_bl: torch.Tensor,  # token ids at masked positions, else `IGNORE`

@@ -99,15 +99,15 @@ def mask_tokens(
     step: int,  # names the draw in scope `batch`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # ids with replacements; labels, -100 where nothing is predicted; int64 [b, l]
     "Mask a batch for language modelling (distiller.py `prepare_batch_mlm`)."
-    time, rows, ids_bl = epoch if mask.scope == "example" else step, np.asarray(example_ids), ids_bl.numpy()
-    states_3b = fold(np.zeros(1, dtype=np.uint64), seed, time, [[0], [1], [2]], rows)  # three numbers a position: which, kind, token
-    which_bl = uniforms(fold(states_3b[0][:, None], np.arange(ids_bl.shape[1])))
-    chosen_bl = choose_tokens(ids_bl, attention_bl.numpy(), which_bl, weights.numpy(), mask)
+    time, rows, old_bl = epoch if mask.scope == "example" else step, np.asarray(example_ids), ids_bl.numpy()
+    states_3b = fold(np.zeros(1, dtype=np.uint64), seed, time, np.array([[0], [1], [2]]), rows)  # three numbers: which, kind, token
+    which_bl = uniforms(fold(states_3b[0][:, None], np.arange(old_bl.shape[1])))
+    chosen_bl = choose_tokens(old_bl, attention_bl.numpy(), which_bl, weights.numpy(), mask)
     at = np.flatnonzero(chosen_bl)
-    row, place = np.divmod(at, ids_bl.shape[1])
+    row, place = np.divmod(at, old_bl.shape[1])
     kind, token = uniforms(fold(states_3b[1:, row], place))
-    old, new = ids_bl.take(at), (token * len(weights)).astype(np.int64)
-    masked_bl, labels_bl = ids_bl.copy(), np.full(ids_bl.shape, -100)
+    old, new = old_bl.take(at), (token * len(weights)).astype(np.int64)
+    masked_bl, labels_bl = old_bl.copy(), np.full(old_bl.shape, -100)
     masked_bl.put(at, np.where(kind < mask.mask, mask_id, np.where(kind < mask.mask + mask.random, new, old)))
     labels_bl.put(at, old)
     return torch.from_numpy(masked_bl), torch.from_numpy(labels_bl)

@@ -6,10 +6,12 @@
 __all__ = ['PACKED', 'attend_apart', 'hidden_rows']
 
 # %% ../nbs/lib/06a_packing.ipynb #7c6435ec
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -29,7 +31,7 @@ def attend_apart(
     "Attend within each piece of a row; a padded batch is handed to the stock function."
     if widths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-    pieces = zip(*(x.split(widths, dim=2) for x in (query, key, value)), lengths, strict=True)
+    pieces = zip(*(x.split(widths, dim=2) for x in (query, key, value)), lengths or [], strict=True)
     how = dict(dropout_p=others.get("dropout", 0.0), scale=others.get("scaling"))
     out = [F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n], **how) for q, k, v, n in pieces]
     return torch.cat(out, dim=2).transpose(1, 2), None
@@ -40,7 +42,7 @@ AttentionInterface.register(PACKED, attend_apart)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 # %% ../nbs/lib/06a_packing.ipynb #0b779a18
-def _packed(encoder: nn.Module) -> nn.Module:
+def _packed(encoder: Any) -> Any:
     "Switch an encoder's attention; one that ignores the switch would let all sequences of a row see each other."
     if encoder.config._attn_implementation != PACKED:
         encoder.set_attn_implementation(PACKED)
@@ -50,7 +52,7 @@ def _packed(encoder: nn.Module) -> nn.Module:
 
 
 def hidden_rows(
-    model: nn.Module,  # a BERT or a DistilBERT with any head
+    model: PreTrainedModel,  # a BERT or a DistilBERT with any head
     ids_bl: torch.Tensor,  # int64, padding on the right
     attention_bl: torch.Tensor,  # 1 at real tokens
     padded: bool = False,  # rows of padding too (B2)

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.special import softmax
-from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from .config import Data, UserError, finetune_for, unknown
 from .finetune import evaluate_model, own_tokenizer, predict, prediction_table, task_rows
@@ -26,7 +25,7 @@ from .tasks import Task, get_task, number_rows
 # %% ../nbs/lib/13z_pair.ipynb #d98636e8
 def load_eager(
     folder: Path,  # a fine-tuned classifier, saved by `save_pretrained`
-) -> nn.Module:  # on the CPU, in eval mode, with attention that can be looked at
+) -> PreTrainedModel:  # on the CPU, in eval mode, with attention that can be looked at
     "Load a classifier to look inside; raises `UserError` where there is none or its head was never trained."
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no model in {folder}; expected a fine-tuned classifier; run the fine-tuning stage of its task first")
@@ -87,7 +86,7 @@ def stored_answers(
 
 
 def check_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     task: Task,
     rows: list[dict],  # encoded examples
     said: pd.DataFrame,  # stored answers about them
@@ -157,7 +156,7 @@ def state_case(
     if at is None:
         ids = [row["id"] for row in pair.rows]
         raise UserError(f"no example {chosen} among the {len(ids)} evaluated ones of {pair.task.name}; expected an id such as {ids[:3]}")
-    parts = pair.tokenizer.decode(pair.rows[at]["input_ids"]).removeprefix("[CLS]").split("[SEP]")
+    parts = str(pair.tokenizer.decode(pair.rows[at]["input_ids"])).removeprefix("[CLS]").split("[SEP]")
     labels, text = pair.task.labels, " / ".join(p.strip() for p in parts if p.strip())
     facts = {"chosen": why, "text": text, "label": labels[pair.rows[at]["label"]]}
     for model in ("teacher", "student"):

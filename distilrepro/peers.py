@@ -24,6 +24,7 @@ from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from threading import Thread
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, DistilBertForMaskedLM
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from .config import Loop, Loss, Mask, Teacher, UserError
 from .corpus import TokenStore, collate, hash_content, plan_epoch, write_tokens
@@ -104,7 +105,7 @@ def make_tokenizer(
 
 def make_models(
     work: Work,
-) -> tuple[DistilBertForMaskedLM, BertForMaskedLM]:  # student in train mode, teacher in eval mode
+) -> tuple[DistilBertForMaskedLM | BertForMaskedLM, BertForMaskedLM]:  # student in train mode, teacher in eval mode
     "Make a random teacher and cut its student."
     shape = Teacher(path="", layers=work.layers, width=work.width, heads=work.heads, ffn=4 * work.width, max_pos=max(512, work.longest))
     teacher = new_teacher(shape, work.vocab, 0, work.seed).eval().requires_grad_(False)
@@ -116,7 +117,7 @@ def work_flops(
     lengths: np.ndarray,  # tokens of each sequence
 ) -> float:  # floating-point operations of a step on these sequences
     "Count the matrix products of a step with the loss at every real token."
-    shape = dict(hidden_size=work.width, num_attention_heads=work.heads, intermediate_size=4 * work.width)
+    shape: dict[str, Any] = dict(hidden_size=work.width, num_attention_heads=work.heads, intermediate_size=4 * work.width)
     teacher, student = (BertConfig(num_hidden_layers=n, **shape) for n in (work.layers, math.ceil(work.layers / 2)))
     layers = sum(int(n) * (flops_per_token(teacher, int(n)) + 3 * flops_per_token(student, int(n))) for n in lengths)
     return layers + int(np.sum(lengths)) * 4 * 2 * work.width * (work.width + work.vocab)
@@ -139,7 +140,7 @@ def deal(
 
 # %% ../nbs/lib/13c_peers.ipynb #719cf3bb
 class Contender:
-    "A way to make distillation steps: a subclass has `step(examples)`, which makes one optimizer update and returns the loss."
+    "A way to make distillation steps; a subclass says how."
     grouped = False  # does it batch sequences of like length?
     clock: float | None = None  # seconds of its last step by a clock of its own; None: the benchmark's clock counts
 
@@ -151,7 +152,12 @@ class Contender:
         self.work, self.folder = work, Path(folder)
         self.store, self.tokenizer = make_store(work, self.folder), make_tokenizer(work)
         self.student, self.teacher = make_models(work)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LOOP["lr"], betas=LOOP["betas"], eps=LOOP["eps"], weight_decay=0)
+        how = {k: LOOP[k] for k in ("lr", "betas", "eps")}
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.student.parameters(), **how, weight_decay=0)
+
+    def step(self, examples: np.ndarray) -> float:
+        "Make one optimizer update on some examples; returns the loss."
+        raise NotImplementedError
 
     def updates(self) -> int:
         "Count the updates made."
@@ -162,7 +168,7 @@ class Contender:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.work.bf16)
 
 
-LOOP = dict(lr=5e-4, betas=(0.9, 0.98), eps=1e-6, clip=5.0)  # of the original, the same for all
+LOOP: dict[str, Any] = dict(lr=5e-4, betas=(0.9, 0.98), eps=1e-6, clip=5.0)  # of the original, the same for all
 
 # %% ../nbs/lib/13c_peers.ipynb #10c90863
 class Ours(Contender):
@@ -199,7 +205,8 @@ class PublicLoop(Ours):
     ):
         super().__init__(work, folder)
         changes = dict(length_groups=False, epochs=2, min_updates=0, log_every=1, save_every=0)
-        self.loop, self.logs = self.loop.model_copy(update=changes), []
+        self.loop = self.loop.model_copy(update=changes)
+        self.logs: list[list[dict]] = []
 
     def step(self, examples: np.ndarray) -> float:
         "Let `fit` make two updates; the second counts."
@@ -232,8 +239,8 @@ def original_masks(
 
 
 def original_loss(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     ids_bl: torch.Tensor,  # masked input
     attention_bl: torch.Tensor,
     labels_bl: torch.Tensor,
@@ -305,7 +312,8 @@ class Turns:
         self,
         loop: Callable[[Iterator], object],  # trains on the batches of an iterator
     ):
-        self.inbox, self.outbox = SimpleQueue(), SimpleQueue()
+        self.inbox: SimpleQueue = SimpleQueue()
+        self.outbox: SimpleQueue = SimpleQueue()
         Thread(target=self._run, args=(loop,), daemon=True).start()
         self._wait()
 
@@ -358,6 +366,10 @@ def _collator(tokenizer: PreTrainedTokenizerFast, seed: int) -> DataCollatorForL
 
 class _Distiller(Trainer):
     "A `Trainer` with a teacher, fed by whoever gives turns."
+    teacher: PreTrainedModel
+    loss_args: Loss
+    batches: Iterator[dict[str, torch.Tensor]]
+    last: float  # loss
 
     def get_train_dataloader(self):
         "Hand out the batches of the turns."
@@ -408,6 +420,7 @@ class PlainTrainer(Contender):
     def step(self, examples: np.ndarray) -> float:
         "Let the `Trainer` make one step."
         self.turn(examples)
+        assert self.trainer.optimizer is not None, "made by its first step"
         self.optimizer = self.trainer.optimizer
         return self.trainer.last
 

@@ -131,7 +131,7 @@ def write_keys(
     keys = {"report": code_hash("from distilrepro.report import write_report")}
     for job in jobs(run.settings):
         sections = SECTIONS.get(job.name.split("-")[0], ())
-        what = [run.settings.hash(*sections), code_hash(notebook_code(root / "nbs" / job.notebook)), job.parameters]
+        what: list = [run.settings.hash(*sections), code_hash(notebook_code(root / "nbs" / job.notebook)), job.parameters]
         what += [bool(find_spec(EXTRAS[job.name]))] if job.name in EXTRAS else []
         keys[job.name] = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     for name, key in keys.items():

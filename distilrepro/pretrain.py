@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from .config import Data, Teacher, UserError
 from .corpus import collate
@@ -148,7 +148,7 @@ def pretrain(
     tokenizer: PreTrainedTokenizerFast,
     data: Data,
     folder: Path,  # of checkpoints
-    evaluate: Callable[[nn.Module], dict[str, float]],  # held-out measurements
+    evaluate: Callable[[PreTrainedModel], dict[str, float]],  # held-out measurements
     key: str,  # of settings, code and inputs
     on_step: Callable[[int, int], None] = lambda done, total: None,  # told of progress in the last stage
 ) -> tuple[BertForMaskedLM, list[dict]]:  # the teacher and its log

@@ -354,7 +354,7 @@ def find_run(
             return Run(base / folder)
         if (base / "settings.ini").is_file():
             break
-    return Run(folder)
+    return Run(Path(folder))
 
 
 def start(

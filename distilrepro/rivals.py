@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .config import Data, Finetune
@@ -68,7 +68,8 @@ def splits(
     "Load and tokenise: outside of every clock."
     task, tokenizer, args = get_task(job.task), load_tokenizer(job.data), job.args
     limits = ((task.train_split, args.max_train), (task.eval_split, args.max_eval))
-    return tuple(task_rows(job.data, task, split, tokenizer, args.max_len, n) for split, n in limits)
+    train, held = (task_rows(job.data, task, split, tokenizer, args.max_len, n) for split, n in limits)
+    return train, held
 
 # %% ../nbs/lib/13f_rivals.ipynb #67ac0ac1
 def ours(
@@ -101,7 +102,7 @@ def training_arguments(
 
 # %% ../nbs/lib/13f_rivals.ipynb #e9e332c1
 def stock_trainer(
-    model: nn.Module,
+    model: PreTrainedModel,
     folder: str,  # where it would write checkpoints
     job: Job,
     padding: str,  # `max_length`, or `longest` of the batch
@@ -136,7 +137,7 @@ def by_trainer(
         trainer.add_callback(watch)
         trainer.train()
         dataset, begun = Dataset.from_list(held), clock()
-        logits = trainer.predict(dataset).predictions
+        logits = np.asarray(trainer.predict(dataset).predictions)
         eval_s = clock() - begun
     return Turn(watch.seconds, eval_s, trainer.state.global_step, len(train), prediction_table(task, held, logits))
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -270,7 +271,8 @@ def open_tokenizer(
 ) -> PreTrainedTokenizerFast:
     "Open a stored tokenizer; a folder is never looked up on the network. Raises `UserError` where there is none."
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
+        return tokenizer
     except (OSError, ValueError) as e:
         raise UserError(f"could not open a tokenizer at {path}: {str(e).splitlines()[0]}; set data.tokenizer to a folder that holds "
                         "tokenizer.json, or run `distilrepro fetch --to DIR` where there is a network") from None

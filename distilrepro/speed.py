@@ -14,9 +14,11 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -139,7 +141,7 @@ def time_inputs(
     "Time one call for each input, after a warm-up."
     for x in inputs[:warmup]:
         call(x)
-    return np.array([time_call(lambda x=x: call(x), *clock) for x in inputs])
+    return np.array([time_call(partial(call, x), *clock) for x in inputs])
 
 
 def time_pass(
@@ -161,7 +163,7 @@ def time_pass(
 
 # %% ../nbs/lib/13_speed.ipynb #319c2f0c
 def take_turns(
-    passes: dict[str, Callable[[], np.ndarray]],  # name -> one pass, which returns the seconds of each of its calls
+    passes: dict[Any, Callable[[], np.ndarray]],  # name -> one pass, which returns the seconds of each of its calls
     repeats: int,
     threads: int,
 ) -> pd.DataFrame:  # a row a pass: `model` (the name), `repeat`, `pass_s`, `p50_ms`, `p95_ms`
@@ -177,7 +179,7 @@ def take_turns(
 
 
 def interleaved_passes(
-    models: dict[str, nn.Module],  # by the name that records carry
+    models: Mapping[str, nn.Module],  # by the name that records carry
     examples: list[dict],  # encoded, as `tasks.encode` gives them
     warmup: int = 20,  # examples run before each pass, outside the clock
     repeats: int = 3,  # passes of each model
@@ -186,7 +188,7 @@ def interleaved_passes(
     "Time full passes at batch 1, models in turn; raises `UserError` without work."
     if not models or not examples or repeats < 1:
         raise UserError(f"no work: {len(models)} models, {len(examples)} examples, {repeats} repeats; expected one or more of each")
-    return take_turns({name: lambda m=m: time_pass(m, examples, warmup) for name, m in models.items()}, repeats, threads)
+    return take_turns({name: partial(time_pass, m, examples, warmup) for name, m in models.items()}, repeats, threads)
 
 # %% ../nbs/lib/13_speed.ipynb #6a172880
 def peak_mb() -> float:  # megabytes (10^6 bytes)

@@ -22,9 +22,8 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerFast
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
 
 from .config import Data, Finetune, UserError
 from .distill import Objective, pick_device, threads
@@ -148,7 +147,7 @@ def encode_squad(
 def load_reader(
     folder: Path,  # a BERT or DistilBERT
     seed: int | None = None,  # of the new head; None: the checkpoint must have a head
-) -> nn.Module:  # stock model with outputs `start_logits` and `end_logits`, in eval mode
+) -> PreTrainedModel:  # stock model with outputs `start_logits` and `end_logits`, in eval mode
     "Load an encoder under a span head; raises `UserError` when other tensors are missing (B17)."
     if seed is not None:
         torch.manual_seed(seed)
@@ -165,17 +164,17 @@ LOW = -1e9  # logit of padding
 
 
 def span_logits(
-    model: nn.Module,
+    model: PreTrainedModel,
     batch: LabelledBatch,
 ) -> torch.Tensor:  # float32 [b, 2, l]: start and end; `LOW` at padding
     "Run a model on a batch of windows."
     out = answer(model, batch.inputs)
-    logits_b2l = torch.stack([out.start_logits, out.end_logits], 1).float()
+    logits_b2l = torch.stack([out["start_logits"], out["end_logits"]], 1).float()
     return logits_b2l.masked_fill(batch.inputs["attention_mask"][:, None] == 0, LOW)
 
 
 def squad_objective(
-    model: nn.Module,
+    model: PreTrainedModel,
     rows: list[dict],  # windows to train on
     pad_id: int,
     soft: SoftTargets | None = None,  # a second distillation
@@ -198,7 +197,7 @@ def squad_objective(
 # %% ../nbs/lib/11a_squad.ipynb #d63e22f7
 @torch.inference_mode()
 def predict_spans(
-    model: nn.Module,
+    model: PreTrainedModel,
     rows: list[dict],  # windows
     pad_id: int,
     batch: int = 32,  # windows
@@ -324,7 +323,7 @@ def squad_floor(
 
 # %% ../nbs/lib/11a_squad.ipynb #05a3aed8
 def answer_table(
-    model: nn.Module,
+    model: PreTrainedModel,
     rows: list[dict],  # windows
     dataset: Dataset,  # their questions
     pad_id: int,

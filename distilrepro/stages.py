@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from torch import nn
-from transformers import (
-    AutoModelForMaskedLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, PreTrainedTokenizerFast)
+from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from .config import Finetune, Mask, SecondDistillation, Settings, UserError, ablation_settings, finetune_for, seeds_for
@@ -113,7 +112,7 @@ def corpora(
 
 # %% ../nbs/lib/13a_stages.ipynb #b7a42e75
 def save_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     card: str = "",  # text of its model card
@@ -395,7 +394,7 @@ def timed_folder(
 def pass_records(
     run: Run,
     task: str,
-    models: dict[str, nn.Module],  # teacher and student
+    models: dict[str, PreTrainedModel],  # teacher and student
     tokenizer: PreTrainedTokenizerFast,
 ) -> list[dict]:
     "Time interleaved passes of both models over a task."
@@ -413,7 +412,7 @@ def pass_records(
 def size_records(
     run: Run,
     name: str,  # `teacher` or `student`
-    model: nn.Module,  # its classifier
+    model: PreTrainedModel,  # its classifier
     folder: Path,  # where that lies
 ) -> list[dict]:
     "Count the parameters of a classifier by component, and of the model with its MLM head; weigh the folder."

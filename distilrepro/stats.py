@@ -37,10 +37,10 @@ def draw_counts(
 ) -> np.ndarray:  # (resamples, groups) float64, whole numbers; each row sums to n
     "Draw resamples of `n` examples with replacement, as counts of their groups."
     groups = n if group is None else int(group.max()) + 1
-    if 10 * groups < n:  # a multinomial cell costs about as much as ten drawn examples
+    if group is not None and 10 * groups < n:  # a multinomial cell costs about as much as ten drawn examples
         return rng.multinomial(n, np.bincount(group) / n, resamples).astype(float)
     draws = rng.integers(0, n, (resamples, n))
-    draws = (group[draws] if groups < n else draws) + groups * np.arange(resamples)[:, None]
+    draws = (group[draws] if group is not None and groups < n else draws) + groups * np.arange(resamples)[:, None]
     return np.bincount(draws.ravel(), minlength=resamples * groups).reshape(resamples, groups).astype(float)
 
 # %% ../nbs/lib/12_stats.ipynb #02fbbf04
@@ -137,7 +137,8 @@ def spearman(
     middle = (weights.sum(1, keepdims=True) + 1) / 2  # the mean rank
     x, y = (weighted_ranks(v, weights) - middle for v in (label, prediction))
     wx = weights * x
-    return _correlation(*(np.einsum("rn,rn->r", *p) for p in ((wx, y), (wx, x), (weights * y, y))), 1e-10)
+    sxy, sxx, syy = (np.einsum("rn,rn->r", *p) for p in ((wx, y), (wx, x), (weights * y, y)))
+    return _correlation(sxy, sxx, syy, 1e-10)
 
 # %% ../nbs/lib/12_stats.ipynb #b997a29c
 METRICS = dict(accuracy=accuracy, f1=f1, matthews_correlation=matthews, pearson=pearson, spearmanr=spearman, mean=mean)
@@ -182,7 +183,8 @@ def two_way_bootstrap(
     "Resample examples (the same draw for all models) and seeds (a draw for each model); raises `ValueError` for shapes that differ."
     if any(p.ndim != 2 or p.shape[1] != len(label) for p in predictions.values()):
         raise ValueError(f"predictions must be (seeds, {len(label)}), got {({m: p.shape for m, p in predictions.items()})}")
-    rng, parts = np.random.default_rng(seed), {m: [] for m in predictions}
+    rng = np.random.default_rng(seed)
+    parts: dict[str, list[np.ndarray]] = {m: [] for m in predictions}
     group, one = group_examples(label, *predictions.values())
     for rows in chunks(resamples, len(one)):
         counts = draw_counts(len(label), rows, rng, group)
@@ -262,7 +264,8 @@ class TaskResult:
 
     def interval(self, model: str) -> tuple[float, float]:
         "Return the interval of a model's median, NaN without predictions."
-        return tuple(map(float, interval(self.samples[model]))) if model in self.samples else (float("nan"), float("nan"))
+        low, high = interval(self.samples[model]) if model in self.samples else (float("nan"), float("nan"))
+        return float(low), float(high)
 
 # %% ../nbs/lib/12_stats.ipynb #795697d6
 SCORED = dict(squad="f1")  # tasks whose stored predictions carry each example's own score, and the column it stands in
@@ -290,6 +293,8 @@ def stack_predictions(
             if abs(found - score) > 1e-4:
                 raise RuntimeError(f"{unit}: its predictions give {found:.4f}, its record says {score:.4f}; fine-tune {task} again")
         out[model] = np.stack(rows)
+    if label is None:
+        raise ValueError(f"no model has scores on {task}")
     return (np.ones(len(label)) if task in SCORED else label.to_numpy()), out
 
 # %% ../nbs/lib/12_stats.ipynb #090f3d4c

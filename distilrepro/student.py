@@ -11,6 +11,7 @@ __all__ = ['RULES', 'LAYER_NAMES', 'EMBEDDING_NAMES', 'DECODER_NAMES', 'TRANSFOR
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -49,7 +50,8 @@ def load_teacher(
         config = BertConfig.from_pretrained(folder)
         if config.model_type != "bert":
             raise UserError(f"{path} is a {config.model_type} model; the teacher must be a BERT")
-        model, info = BertForMaskedLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        loaded: Any = BertForMaskedLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        model, info = loaded
     except (OSError, SafetensorError) as e:
         reason = str(e).splitlines()[0]
         remedy = "without network give a local folder with safetensors weights"
@@ -135,7 +137,7 @@ def name_tables(
     tables = EMBEDDING_NAMES, LAYER_NAMES, DECODER_NAMES | (TRANSFORM_NAMES if mlm_transform else {})
     if architecture == "distilbert":
         return tables
-    kept = ["token_type_embeddings.weight"], [], ["decoder.bias"]
+    kept: tuple[list[str], ...] = ["token_type_embeddings.weight"], [], ["decoder.bias"]
     return tuple({t: t for t in [*table.values(), *more]} for table, more in zip(tables, kept, strict=True))
 
 # %% ../nbs/lib/07_student.ipynb #3c0bbc26

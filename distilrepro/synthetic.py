@@ -7,6 +7,7 @@ __all__ = ['WRITERS', 'opinion', 'verdict', 'write_pair', 'write_questions', 'wr
            'write_reason', 'write_relative', 'write_kinds', 'documents', 'draw_pair', 'pairs']
 
 # %% ../nbs/lib/03_synthetic.ipynb #791a64b6
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
@@ -117,7 +118,8 @@ def write_review(
 ) -> str:  # opinions of one sign and what follows from them
     "Write opinions that agree, each with a conclusion."
     sign = rng.choice([1, -1])
-    return " ".join(f"{rng.choice([opinion, verdict, verdict])(rng, sign)[0]} . {rng.choice(FOLLOW[sign])} ." for _ in range(2))
+    wordings: list[Callable[[Random, int], tuple[str, list[int]]]] = [opinion, verdict, verdict]
+    return " ".join(f"{rng.choice(wordings)(rng, sign)[0]} . {rng.choice(FOLLOW[sign])} ." for _ in range(2))
 
 # %% ../nbs/lib/03_synthetic.ipynb #b32a9fef
 def write_chain(

@@ -90,7 +90,7 @@ def measure_tokens(
     "Count the tokens of each example and the pieces of its most broken word."
     raw = raw_tokenizer(tokenizer)
     parts = [raw.encode_batch(list(texts), add_special_tokens=False) for texts in fields]
-    tokens = 1 + sum(np.array([len(e.ids) + 1 for e in part]) for part in parts)
+    tokens = 1 + np.sum([[len(e.ids) + 1 for e in part] for part in parts], axis=0)
     most = [[max(Counter(e.word_ids).values(), default=0) for e in part] for part in parts]
     return tokens, np.max(most, axis=0)
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .config import Loss, UserError
 from .corpus import TokenStore
@@ -84,7 +85,7 @@ def _check_space(folder: Path, rows: int, width: int) -> None:
 # %% ../nbs/lib/09b_targets.ipynb #5108c276
 @torch.inference_mode()
 def store_targets(
-    teacher: nn.Module,  # in eval mode
+    teacher: PreTrainedModel,  # in eval mode
     text: MaskedText,
     folder: Path,  # appears whole or not at all
     teacher_hash: str,  # of the teacher's weights
@@ -103,7 +104,9 @@ def store_targets(
             out[places(store, order[i : i + batch])] = hidden_rows(teacher, b.ids_bl, b.attention_bl).cpu().numpy()
         out.flush()
         (part / "manifest.json").write_text(json.dumps(dict(key=key, shape=shape)), encoding="utf-8")
-    return open_targets(store, folder, key)
+    stored = open_targets(store, folder, key)
+    assert stored is not None, "just written"
+    return stored
 
 # %% ../nbs/lib/09b_targets.ipynb #47291203
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ class TaughtBatch(MaskedBatch):
 
 
 def stored_objective(
-    student: nn.Module,
-    teacher: nn.Module,  # its head and projection
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,  # its head and projection
     text: MaskedText,
     args: Loss,
     stored: StoredTargets,
@@ -130,8 +133,8 @@ def stored_objective(
 
 # %% ../nbs/lib/09b_targets.ipynb #4474d065
 def int8_teacher(
-    teacher: nn.Module,  # BERT or DistilBERT with MLM head; unchanged
-) -> nn.Module:  # in eval mode, on the CPU
+    teacher: PreTrainedModel,  # BERT or DistilBERT with MLM head; unchanged
+) -> PreTrainedModel:  # in eval mode, on the CPU
     "Copy a teacher with the linear layers below its head in int8."
     out = copy.deepcopy(teacher).eval().cpu()
     with warnings.catch_warnings():
@@ -142,7 +145,7 @@ def int8_teacher(
 # %% ../nbs/lib/09b_targets.ipynb #38d5ae7b
 @torch.inference_mode()
 def targets_kl(
-    teacher: nn.Module,  # exact
+    teacher: PreTrainedModel,  # exact
     text: MaskedText,
     hidden: Callable[[np.ndarray, MaskedBatch], torch.Tensor],  # the rows used, of some examples and their batch
     temperature: float,
@@ -159,8 +162,8 @@ def targets_kl(
 
 # %% ../nbs/lib/09b_targets.ipynb #211b7185
 def objective_for(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     text: MaskedText,
     args: Loss,
     folder: Path,  # for stored targets

@@ -10,6 +10,7 @@ __all__ = ['TASKS', 'Task', 'get_task', 'check_answers', 'correlate', 'GlueMetri
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import evaluate
@@ -46,10 +47,10 @@ class Task:
 # %% ../nbs/lib/10_tasks.ipynb #d97468cb
 _ENTAILS = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2")
-_BOTH = dict(metrics=("accuracy", "f1"), headline="mean of accuracy and F1")
-_ACC = dict(metrics=("accuracy",), headline="accuracy")
-_MCC = dict(metrics=("matthews_correlation",), headline="Matthews correlation")
-_CORR = dict(metrics=("pearson", "spearmanr"), headline="mean of Pearson and Spearman correlation")
+_BOTH: dict[str, Any] = dict(metrics=("accuracy", "f1"), headline="mean of accuracy and F1")
+_ACC: dict[str, Any] = dict(metrics=("accuracy",), headline="accuracy")
+_MCC: dict[str, Any] = dict(metrics=("matthews_correlation",), headline="Matthews correlation")
+_CORR: dict[str, Any] = dict(metrics=("pearson", "spearmanr"), headline="mean of Pearson and Spearman correlation")
 _MNLI = ("entailment", "neutral", "contradiction")
 
 TASKS: dict[str, Task] = {t.name: t for t in (

@@ -119,7 +119,8 @@ def watch(
     process: subprocess.Popen,  # the workflow
 ) -> None:
     "Show the progress of a run until its workflow ends: bars on a terminal, else a line for each notebook."
-    plan, begun, said = jobs(run.settings), time.time(), set()
+    plan, begun = jobs(run.settings), time.time()
+    said: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
         whole, bars = shown.add_task("notebooks", total=len(plan)), {}

@@ -79,7 +79,7 @@ def axes_of(
     "Name the tasks of the matrix; those of the poster's preset where the run asks for no zero-shot answers."
     poster = load_settings("sst2_random")
     targets = run.settings.zeroshot.targets or poster.zeroshot.targets
-    rows = sources(run) if run.settings.zeroshot.targets else list(poster.grid.tasks)
+    rows: list[str] = sources(run) if run.settings.zeroshot.targets else [*poster.grid.tasks]
     return rows, [t for t in TASKS if t in (*targets, *rows)]
 
 # %% ../nbs/lib/15h_zeroshot.ipynb #153c5fdf

@@ -1,4 +1,4 @@
-"""All checks one after another, each to its end: lint, library notebooks, pytest. Prints how many tests ran and how long they took."""
+"""All checks, each to its end: lint, types, library notebooks, pytest. Prints how many tests ran and how long they took."""
 import os
 import subprocess
 import sys
@@ -47,6 +47,7 @@ def main() -> int:
         report = Path(folder) / "pytest.xml"
         steps = {
             "lint": run("ruff", "check"),
+            "types": run("mypy"),
             "notebooks": run("nbdev_test", "--n_workers", WORKERS, "--timing"),
             "pytest": run("pytest", "-n", WORKERS, "--dist", "loadfile", "--durations", "15", f"--junitxml={report}"),
         }
