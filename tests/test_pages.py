@@ -13,7 +13,7 @@ from distilrepro.cli import app
 from distilrepro.config import UserError, load_settings, preset_names
 
 PAGES = sorted(p for folder in ("start", "howto") for p in (ROOT / "docs/pages" / folder).glob("*.md"))
-QUICK = ("howto/nbdev3", "howto/run_folder", "howto/slurm", "howto/loss")
+QUICK = ("howto/loss", "howto/nbdev3", "howto/run_folder")  # the others take minutes: `python docs/follow.py`
 COMMANDS = typer.main.get_command(app).commands
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 
