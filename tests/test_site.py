@@ -20,7 +20,7 @@ SHARED = [".sidebar-drawer", ".toc-drawer", ".mobile-header", ".highlight", "mjx
 BARE = "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('svg')).map(m => m.textContent)"  # formulas that stayed text
 MUTE = "[...document.images].filter(i => !i.alt.trim() || /\\.(png|svg)$/.test(i.alt) || !i.naturalWidth).map(i => i.src.slice(0, 80))"
 FOUND = "[...document.querySelectorAll('#search-results li a')].map(a => a.getAttribute('href').split(/[#?]/)[0])"
-PHONE = {"width": 390, "height": 844}
+DESK, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
 
 
 class Links(HTMLParser):
@@ -66,26 +66,27 @@ def test_a_missing_file_and_a_missing_anchor_are_found(pages):
 
 @pytest.fixture(scope="session")
 def chromium():
-    "One browser for all pages."
+    "A browser's page, used for all pages of the site."
     if not CHROMIUM:
         pytest.skip("no Chromium here; `apt-get install chromium` brings one")
     api = pytest.importorskip("playwright.sync_api")
     with api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
+        page = browser.new_page(color_scheme="light")
+        page.problems = []
+        page.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda e: page.problems.append(str(e)))
+        page.on("request", lambda r: page.problems.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+        yield page
         browser.close()
 
 
 @pytest.fixture
 def page(chromium):
-    "A fresh page that remembers what went wrong and what it asked the network for."
-    page = chromium.new_page(viewport={"width": 1400, "height": 1000}, color_scheme="light")
-    page.problems = []
-    page.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: page.problems.append(str(e)))
-    page.on("request", lambda r: page.problems.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
-    yield page
-    page.close()
+    "The browser's page at a desk's width, which remembers what goes wrong and what it asks the network for."
+    chromium.set_viewport_size(DESK)
+    chromium.problems.clear()
+    return chromium
 
 
 def settle(page, path: str) -> None:
