@@ -18,7 +18,7 @@ help: ## list the doors
 reproduce: .venv/run ## the whole story, to runs/RUN/report.html (PRESET=quick SCALE= DATA= RUN=)
 	@$(BIN)/distilrepro reproduce $(call option,preset,PRESET) $(call option,scale,SCALE) $(call option,data,DATA) $(call option,run,RUN)
 
-test: .venv/dev ## lint, generated files, library notebooks, pytest; prints how many and how long
+test: .venv/dev ## lint, types, notebooks, pytest; prints how many and how long
 	@$(BIN)/python tests/run.py
 
 docs: .venv/dev ## the site, to _docs/index.html
@@ -45,7 +45,7 @@ check: .venv/dev ## lint; is everything generated as the notebooks say? changes 
 	$(BIN)/python -m pytest tests/test_generated.py
 
 clean: ## remove what was built (never runs/ nor .venv/)
-	rm -rf _proc _docs _bench docs/_nb docs/_extra build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf _proc _docs _bench docs/_nb docs/_extra build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 lock: ## resolve all dependencies anew, to constraints.txt
 	rm -rf .venv/lock

@@ -1,4 +1,5 @@
 """The site, `python docs/build.py [OUT]`: nbdev documents the notebooks, `dialect` makes them MyST, Sphinx renders; warnings are errors."""
+import ast
 import json
 import os
 import re
@@ -41,12 +42,22 @@ def toctree(pages: list[str], caption: str = "") -> str:
     return "```{toctree}\n:hidden:\n" + (f":caption: {caption}\n" if caption else "") + "\n" + "\n".join(f"/{p}" for p in pages) + "\n```\n"
 
 
-def convert_all(cache: Path) -> tuple[dict[str, dict], set[str]]:
+def room_sources(module: Path) -> dict[str, str]:
+    "The source of every function and class of a module by its name; empty for what is no module."
+    text = module.read_text(encoding="utf-8") if module.is_file() else ""
+    named = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    first = {n: min([n.lineno, *(d.lineno for d in n.decorator_list)]) for n in named}
+    return {n.name: "\n".join(text.splitlines()[first[n] - 1:n.end_lineno]) for n in named}
+
+
+def convert_all(cache: Path, package: Path) -> tuple[dict[str, dict], set[str]]:
     "Every notebook under `cache` in MyST's dialect, by its path there, and all targets."
     books, targets = {}, set()
     for f in sorted(cache.rglob("*.ipynb")):
         path = f.relative_to(cache).as_posix()
-        books[path], defined = convert(json.loads(f.read_text(encoding="utf-8")), page_name(path))
+        page = page_name(path)
+        sources = room_sources(package / f"{page.removeprefix('lib/')}.py")
+        books[path], defined = convert(json.loads(f.read_text(encoding="utf-8")), page, sources)
         targets |= defined
     return books, targets
 
@@ -118,7 +129,7 @@ def sidebar(pages: list[str]) -> str:
 def lay_out(cache: Path, stage: Path, cfg) -> None:
     "Write every page of the site under `stage`, the sidebar on the front page."
     root, repo = cfg.config_path, f"{cfg.git_url}/blob/{cfg.branch}"
-    books, targets = convert_all(cache)
+    books, targets = convert_all(cache, cfg.lib_path)
     lay_out_notebooks(books, targets, stage, cfg)
     themes = lay_out_contents(books, root, stage)
     lay_out_pages(root, stage, repo, set(map(page_name, books)))

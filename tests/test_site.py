@@ -2,6 +2,7 @@
 
 `make docs` builds it, `make docs-test` runs this; without Chromium the browser's part is skipped and says so.
 """
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,8 @@ SHARED = [".sidebar-drawer", ".toc-drawer", ".mobile-header", ".highlight", "mjx
 BARE = "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('svg')).map(m => m.textContent)"  # formulas that stayed text
 MUTE = "[...document.images].filter(i => !i.alt.trim() || /\\.(png|svg)$/.test(i.alt) || !i.naturalWidth).map(i => i.src.slice(0, 80))"
 FOUND = "[...document.querySelectorAll('#search-results li a')].map(a => a.getAttribute('href').split(/[#?]/)[0])"
+LOUD = r"Traceback \(most recent call last\)|(?:User|Deprecation|Future|Runtime|Tqdm)Warning|\[IPKernelApp\]"
+PLACE = r"(?<![\w.])/(?:work|root|tmp|home|Users)/\w"
 DESK, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
 
 
@@ -62,6 +65,11 @@ def test_every_internal_link_and_anchor_resolves(pages):
 def test_a_missing_file_and_a_missing_anchor_are_found(pages):
     assert "no such file" in broken("index.html", "gone.html", pages) and "no such anchor" in broken("index.html", "#gone", pages)
     assert not broken("index.html", "https://arxiv.org/abs/1910.01108", pages) and not broken("index.html", "index.html", pages)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_page_shows_no_traceback_no_warning_and_no_place(path):
+    assert not re.findall(f"{LOUD}|{PLACE}", (SITE / path).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = """config records language synthetic lookalikes sources corpus masking packing student fused losses distill pretrain targets tasks
-           finetune squad answers stats comparisons verdicts speed stages plan peers bench export rivals pair attention attribution likeness
-           errors tags browser fidelity calibration datamaps tables glue figures retention downstream ablations claims drawings examples
-           zeroshot latency forms report workflow doctor cli""".split()
+ORDER = [room for theme in yaml.safe_load((ROOT / "docs/rooms.yaml").read_text(encoding="utf-8")).values() for room in theme["rooms"]]
 MODULES = sorted(p for p in (ROOT / "distilrepro").glob("*.py") if p.stem not in {"__init__", "_modidx"})
 LIBRARY = sorted((ROOT / "nbs/lib").glob("*.ipynb"))
 PAPERMILL = sorted(p for d in ("stages", "tables", "analysis") for p in (ROOT / "nbs" / d).glob("*.ipynb"))
