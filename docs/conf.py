@@ -26,6 +26,7 @@ html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_extra_path = ["_extra"]  # pages of examples: each stands for itself
 html_copy_source = False
+html_search_scorer = "scorer.js"
 html_show_search_summary = False  # its excerpts are fetched, which no browser allows for pages opened as files
 copybutton_exclude = ".linenos, .gp, .go"
 mathjax_path = "mathjax/tex-svg-full.js"  # MathJax 3 in one file: version 4 fetches its fonts from a CDN when a page is read
