@@ -17,6 +17,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 RULES = {"light": ["color-contrast", "link-name", "button-name", "html-has-lang", "document-title", "label"], "dark": ["color-contrast"]}
 WHOLE = {"index.html", "lib/losses.html", "reference/commands.html"}  # what all pages share is judged on these: sidebar, code, formulas
+TWINS = "results/quick/notebooks/"  # the notebooks of the real run with other numbers: minutes of contrast that say nothing new
 SHARED = [".sidebar-drawer", ".toc-drawer", ".mobile-header", ".highlight", "mjx-container", "footer"]
 BARE = "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('svg')).map(m => m.textContent)"  # formulas that stayed text
 MUTE = "[...document.images].filter(i => !i.alt.trim() || /\\.(png|svg)$/.test(i.alt) || !i.naturalWidth).map(i => i.src.slice(0, 80))"
@@ -120,7 +121,7 @@ def test_page(page, path):
     settle(page, path)
     assert not page.problems
     assert page.evaluate(BARE) == [] and page.evaluate(MUTE) == []
-    assert unfair(page, path, "light") + unfair(page, path, "dark") == []
+    assert path.startswith(TWINS) or unfair(page, path, "light") + unfair(page, path, "dark") == []
     page.set_viewport_size(PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], "wider than a phone"
     assert not page.problems
