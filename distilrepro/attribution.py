@@ -188,7 +188,7 @@ def choose_rows(
     long = (i for i in order if len(words_of(tokens_of(pair, i))) > 1)
     return sorted(int(i) for _, i in zip(range(count), long, strict=False))
 
-
+# %% ../nbs/lib/14a_attribution.ipynb #study-cell
 def study(
     model: PreTrainedModel,  # as `load_eager` gives it
     pair: Pair,

@@ -143,8 +143,7 @@ class Racer:
         allocator: str,  # one of `ALLOCATORS`
         cores: tuple[int, ...] = (),  # to keep to; empty: any
     ):
-        self.name, self.work = name, work
-        self.turns: list[dict] = []
+        self.name, self.work, self.turns = name, work, list[dict]()
         self.process, self.pipe = _launch(kind, work, steps, allocator, cores)
 
     def hear(self) -> dict:

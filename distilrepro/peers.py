@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -139,7 +140,7 @@ def deal(
     return [middle, *(even[i] for i in np.random.default_rng(work.seed).permutation(steps))]
 
 # %% ../nbs/lib/13c_peers.ipynb #719cf3bb
-class Contender:
+class Contender(ABC):
     "A way to make distillation steps; a subclass says how."
     grouped = False  # does it batch sequences of like length?
     clock: float | None = None  # seconds of its last step by a clock of its own; None: the benchmark's clock counts
@@ -155,9 +156,9 @@ class Contender:
         how = {k: LOOP[k] for k in ("lr", "betas", "eps")}
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.student.parameters(), **how, weight_decay=0)
 
+    @abstractmethod
     def step(self, examples: np.ndarray) -> float:
         "Make one optimizer update on some examples; returns the loss."
-        raise NotImplementedError
 
     def updates(self) -> int:
         "Count the updates made."
