@@ -3,6 +3,7 @@ import os
 import sys
 
 import pytest
+from faults import fault, pytest_addoption, pytest_terminal_summary  # noqa: F401  a fixture and two hooks
 from hypothesis import HealthCheck, settings
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
