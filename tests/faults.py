@@ -44,7 +44,7 @@ def pytest_addoption(parser):
 
 def counted(reports) -> list[dict]:
     "The faults of all tests: one row a fault with its numbers added up, one row a figure."
-    rows = [r for report in reports for name, value in getattr(report, "user_properties", ()) if name == "faults" for r in json.loads(value)]
+    rows = [r for report in reports for name, value in report.user_properties if name == "faults" for r in json.loads(value)]
     sums: dict[tuple, dict] = {}
     for row in (r for r in rows if "injected" in r):
         total = sums.setdefault((row["group"], row["fault"]), row | dict(injected=0, survived=0))
