@@ -10,7 +10,7 @@ BENCHES := $(patsubst nbs/stages/%,_bench/%,$(wildcard nbs/stages/b*.ipynb))
 option = $(if $(value $(2)),--$(1)='$(subst ','\'',$(value $(2)))')
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test docs docs-test bench export check clean lock
+.PHONY: help reproduce test torture docs docs-test bench export check clean lock
 
 help: ## list the doors
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -20,6 +20,9 @@ reproduce: .venv/run ## the whole story, to runs/RUN/report.html (PRESET=quick S
 
 test: .venv/dev ## lint, types, notebooks, pytest; prints how many and how long
 	@$(BIN)/python tests/run.py
+
+torture: .venv/dev ## the tests of faults with many faults; prints a table and writes results/torture/faults.jsonl
+	@$(BIN)/python -m pytest --torture -n 2 --dist loadfile -rs $(sort $(wildcard tests/test_faults_*.py))
 
 docs: .venv/dev ## the site, to _docs/index.html
 	@$(BIN)/python docs/build.py

@@ -370,7 +370,7 @@ def _apart(ours: Ours, ids: np.ndarray) -> dict[str, float]:
         loss = loss + args.w_cos * hidden_cosine(s_hidden.float(), t_hidden.float()) / b.counts.tokens
     loss.backward()
     mark("cosine and student backward")
-    _step(student, ours.optimizer, ours.loop, ours.loop.lr, 0)
+    _step(student, ours.optimizer, ours.loop, ours.loop.lr, [ids])
     mark("clipping and AdamW")
     return {part: at - before for (_, before), (part, at) in pairwise(marks)}
 

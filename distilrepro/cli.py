@@ -6,18 +6,19 @@
 __all__ = ['app', 'Sets', 'PresetName', 'Scale', 'DataDir', 'show', 'reproduce', 'notebook', 'report', 'publish', 'distil',
            'show_scores', 'finetune', 'evaluate', 'fetch', 'doctor', 'presets', 'main']
 
-# %% ../nbs/lib/17_cli.ipynb #640203c8
+# %% ../nbs/lib/17_cli.ipynb #e3174754
 import os
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .config import QUIET, UserError, finetune_for, load_settings, preset_names
+from .config import QUIET, Interrupted, UserError, finetune_for, load_settings, preset_names
 
 # %% ../nbs/lib/17_cli.ipynb #42253b94
 app = typer.Typer(help="DistilBERT, reproduced: distil, fine-tune, evaluate, and rebuild every table.", no_args_is_help=True,
@@ -58,7 +59,7 @@ def reproduce(
     folder = workflow.run_folder(settings, run)
     typer.echo(str(workflow.prepare(settings, folder).folder if prepare else workflow.reproduce(settings, folder, cores)))
 
-# %% ../nbs/lib/17_cli.ipynb #57bfd220
+# %% ../nbs/lib/17_cli.ipynb #ec9f1784
 @app.command()
 def notebook(
     name: Annotated[str, typer.Argument(help="Name of a job, such as t1_glue.")],
@@ -141,7 +142,7 @@ def finetune(
     tuned.predictions.to_parquet(out / "predictions.parquet", index=False)
     show_scores(task, len(tuned.predictions), tuned.metrics)
 
-# %% ../nbs/lib/17_cli.ipynb #9ff4fff9
+# %% ../nbs/lib/17_cli.ipynb #51d1296c
 @app.command()
 def evaluate(
     task: Annotated[str, typer.Argument(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb or squad.")],
@@ -196,16 +197,25 @@ def presets():
     rows = [(name, load_settings(name).note) for name in preset_names()]
     show(pd.DataFrame(rows, columns=["preset", "what it is"]), "presets")
 
-# %% ../nbs/lib/17_cli.ipynb #d0961292
+# %% ../nbs/lib/17_cli.ipynb #827c3a16
 def main() -> None:
-    "Run the command line: exit code 2 for a user's mistake, 1 for a failure, each with one sentence."
+    "Run the command line: exit code 2 for a user's mistake, 1 for a failure, 130 when asked to stop, each with one sentence."
     os.environ |= QUIET
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through `finally`, so that no child stays behind
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     try:
         app()
     except UserError as e:
         typer.echo(f"error: {e}", err=True)
         sys.exit(2)
+    except Interrupted as e:
+        typer.echo(str(e), err=True)
+        sys.exit(130)
     except (RuntimeError, OSError) as e:
         typer.echo(f"failed: {e}", err=True)
         sys.exit(1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    "Leave through `finally`, so that no child stays behind."
+    raise Interrupted("stopped; what is finished is kept: run the same command again to go on")

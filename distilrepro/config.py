@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'Fraction', 'Positive', 'Weight', 'Count', 'TaskName', 'Seeds', 'FormName', 'JOB_WEIGHT', 'UserError',
-           'unknown', 'Section', 'Data', 'Mask', 'Loop', 'Teacher', 'Student', 'Loss', 'Finetune', 'Grid', 'Speed',
-           'SecondDistillation', 'Ablation', 'ZeroShot', 'Forms', 'Settings', 'merge', 'preset_names', 'read_preset',
-           'override', 'fields_at', 'explain', 'finetune_for', 'ablation_settings', 'seeds_for', 'load_settings',
-           'job_groups']
+           'Interrupted', 'unknown', 'Section', 'Data', 'Mask', 'Loop', 'Teacher', 'Student', 'Loss', 'Finetune',
+           'Grid', 'Speed', 'SecondDistillation', 'Ablation', 'ZeroShot', 'Forms', 'Settings', 'merge', 'preset_names',
+           'read_preset', 'override', 'fields_at', 'explain', 'finetune_for', 'ablation_settings', 'seeds_for',
+           'load_settings', 'job_groups']
 
 # %% ../nbs/lib/01_config.ipynb #13272bca
 import copy
@@ -21,9 +21,13 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-# %% ../nbs/lib/01_config.ipynb #64365a1f
+# %% ../nbs/lib/01_config.ipynb #4f8c5b61
 class UserError(ValueError):
     "A mistake in what the user gave: what is wrong, what was expected, what to do."
+
+
+class Interrupted(RuntimeError):
+    "Work that stopped because it was asked to; what is finished is kept."
 
 # %% ../nbs/lib/01_config.ipynb #1d454295
 def unknown(
@@ -89,7 +93,7 @@ class Mask(Section):
             raise ValueError(f"mask + keep + random must be 1, got {self.mask} + {self.keep} + {self.random}")
         return self
 
-# %% ../nbs/lib/01_config.ipynb #c23d933c
+# %% ../nbs/lib/01_config.ipynb #a657a881
 class Loop(Section):
     "One optimisation: batches, AdamW, schedule, guards."
     epochs: Positive = 3  # passes over the corpus; may be a fraction
@@ -103,6 +107,7 @@ class Loop(Section):
     clip: Positive = 5.0  # largest gradient norm
     warmup: Fraction = 0.05  # share of the updates
     min_updates: int = Field(1000, ge=0)  # fewer are refused: 27 updates train nothing (B9)
+    skip_nonfinite: int = Field(0, ge=0)  # updates whose loss or gradient is not finite that are left out before the run stops
     bf16: bool = False  # matrix products in bfloat16
     length_groups: bool = True  # batches of similar length
     log_every: Count = 50  # updates
@@ -362,7 +367,7 @@ def finetune_for(
     except ValidationError as e:
         raise UserError(f"finetune.tasks.{task}: {explain(e, Finetune)}") from None
 
-# %% ../nbs/lib/01_config.ipynb #177568ce
+# %% ../nbs/lib/01_config.ipynb #7131b69f
 def ablation_settings(
     settings: Settings,
     name: str,  # one of `ablation.students`

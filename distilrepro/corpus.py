@@ -7,9 +7,10 @@ __all__ = ['split_long', 'shorten', 'sequences', 'TokenStore', 'sha', 'input_mar
            'hash_content', 'open_store', 'build_store', 'empty_corpus', 'plan_epoch', 'padding_share', 'collate',
            'read_batch', 'load_split', 'load_tokenizer', 'texts']
 
-# %% ../nbs/lib/05_corpus.ipynb #7d17e84a
+# %% ../nbs/lib/05_corpus.ipynb #2e0a749a
 import hashlib
 import json
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .config import Data, UserError
 from .records import atomic_folder, code_hash, write_atomic
+from .seals import SEAL, damaged
 from .sources import HUB, load_split, load_tokenizer, local_files, raw_tokenizer, texts
 
 # %% ../nbs/lib/05_corpus.ipynb #10fa0efd
@@ -172,7 +174,7 @@ def write_tokens(
                 on_progress(total, max_tokens)
     return np.frombuffer(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64), cut
 
-# %% ../nbs/lib/05_corpus.ipynb #73e92252
+# %% ../nbs/lib/05_corpus.ipynb #7e3b0e84
 def hash_content(
     folder: Path,  # with tokens.bin and offsets.npy
 ) -> str:  # 64 hex digits
@@ -190,11 +192,13 @@ def open_store(
     key: str,  # that the manifest must hold
 ) -> TokenStore | None:  # None: nothing there, made from something else, or damaged
     "Open a store if it is whole and the one asked for."
-    try:
-        store = TokenStore(folder)
-        return store if store.manifest["key"] == key and hash_content(folder) == store.content_hash else None
-    except (OSError, ValueError, KeyError):
+    if not (Path(folder) / SEAL).is_file():
         return None
+    if names := damaged(folder):
+        warnings.warn(f"{folder} is damaged ({', '.join(names)}); the text is tokenised anew", RuntimeWarning, stacklevel=3)
+        return None
+    store = TokenStore(folder)
+    return store if store.manifest["key"] == key else None
 
 # %% ../nbs/lib/05_corpus.ipynb #c12f1128
 def build_store(

@@ -192,7 +192,7 @@ class Ours(Contender):
         "Make one update as `fit` does."
         done = self.updates()
         values, _ = one_update(self.objective, self.loop, done, 0, [examples], pick_device())
-        _step(self.student, self.optimizer, self.loop, self.loop.lr, done)
+        _step(self.student, self.optimizer, self.loop, self.loop.lr, [examples])
         return values["loss"]
 
 # %% ../nbs/lib/13c_peers.ipynb #db4cf7e0

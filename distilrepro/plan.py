@@ -6,7 +6,7 @@
 __all__ = ['TABLES', 'ANALYSES', 'SECTIONS', 'EXTRAS', 'checkout', 'Job', 'tuning_jobs', 'ablation_jobs', 'analysis_jobs',
            'asks_for_forms', 'jobs', 'write_keys', 'execute', 'run_job']
 
-# %% ../nbs/lib/13b_plan.ipynb #5efe86e5
+# %% ../nbs/lib/13b_plan.ipynb #a45f4acd
 import hashlib
 import json
 import os
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import QUIET, Settings, UserError, job_groups, unknown
+from .config import QUIET, Interrupted, Settings, UserError, job_groups, unknown
 from .records import Run, code_hash, notebook_code, write_atomic
 
 # %% ../nbs/lib/13b_plan.ipynb #3497ced4
@@ -113,7 +113,7 @@ def jobs(
     tables = [Job(name, f"tables/{name}.ipynb", tuple(j.name for j in stages if j.name[:3] in needs)) for name, needs in TABLES.items()]
     return [*stages, *tables, *analysis_jobs(settings, fine)]
 
-# %% ../nbs/lib/13b_plan.ipynb #61e06ac3
+# %% ../nbs/lib/13b_plan.ipynb #06f80562
 SECTIONS = {  # settings that a stage reads; all others read the whole
     "s01_teacher": ("data", "teacher"), "s02_distil": ("data", "student", "mask", "loss", "distil"),
     "s03_finetune": ("data", "finetune", "grid", "second"), "s04_speed": ("data", "speed", "finetune"),
@@ -140,28 +140,40 @@ def write_keys(
             write_atomic(path, key)
     return keys
 
-# %% ../nbs/lib/13b_plan.ipynb #5a4f70fb
+# %% ../nbs/lib/13b_plan.ipynb #09adcb4e
 def execute(
     run: Run,
     job: Job,
     root: Path,  # of the checkout
 ) -> Path:  # the executed notebook
-    "Execute a job's notebook; raises `UserError` or `RuntimeError` with the notebook's own message."
+    "Execute a job's notebook; raises `UserError`, `Interrupted` or `RuntimeError` with the notebook's own message."
     import papermill  # here: it is slow to import and only this function needs it
+    from nbclient.exceptions import DeadKernelError
 
-    target, work = run.folder / "notebooks" / f"{job.name}.ipynb", run.folder / "notebooks" / f".{job.name}.part.ipynb"
+    target, work, failed = (run.folder / "notebooks" / name.format(job.name) for name in ("{}.ipynb", ".{}.part.ipynb", "{}.failed.ipynb"))
     target.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"run": str(run.folder)} | job.parameters
     os.environ |= QUIET
     try:
         papermill.execute_notebook(root / "nbs" / job.notebook, work, parameters, kernel_name="python3", progress_bar=False, cwd=str(root))
     except papermill.PapermillExecutionError as e:
-        failed = work.rename(target.with_name(f"{job.name}.failed.ipynb"))
-        kind = UserError if e.ename == "UserError" else RuntimeError
-        raise kind(f"{e.evalue} (notebook {failed})" if kind is UserError else f"{e.ename}: {e.evalue} (notebook {failed})") from None
+        raise _error(e.ename, e.evalue, work.rename(failed)) from None
+    except DeadKernelError:
+        raise RuntimeError(f"the process of notebook {job.name} was ended from outside: by a signal, or for want of memory") from None
+    except OSError as e:
+        raise RuntimeError(f"could not write {target}: {e.strerror}; free space, then run again") from None
+    failed.unlink(missing_ok=True)  # of an earlier try
     return work.rename(target)
 
-# %% ../nbs/lib/13b_plan.ipynb #48ebf041
+
+def _error(kind: str, message: str, failed: Path) -> Exception:
+    "Turn the error of a notebook's cell into the kind it was."
+    if kind in ("Interrupted", "KeyboardInterrupt"):
+        return Interrupted(message or "stopped; run the same command again to go on")
+    said = f"{message} (notebook {failed})"
+    return UserError(said) if kind == "UserError" else RuntimeError(f"{kind}: {said}")
+
+# %% ../nbs/lib/13b_plan.ipynb #08a477af
 def run_job(
     folder: Path,  # the run folder
     name: str,  # of the job
@@ -177,5 +189,5 @@ def run_job(
     try:
         return execute(run, plan[name], root)
     except (UserError, RuntimeError) as e:
-        write_atomic(note, json.dumps(dict(user=isinstance(e, UserError), message=str(e))))
+        write_atomic(note, json.dumps(dict(kind=type(e).__name__, message=str(e))))
         raise

@@ -6,7 +6,7 @@
 __all__ = ['targets_key', 'places', 'StoredTargets', 'open_targets', 'store_targets', 'TaughtBatch', 'stored_objective',
            'int8_teacher', 'targets_kl', 'objective_for']
 
-# %% ../nbs/lib/09b_targets.ipynb #df979ac9
+# %% ../nbs/lib/09b_targets.ipynb #3a94babc
 import copy
 import json
 import shutil
@@ -29,6 +29,7 @@ from .distill import MaskedBatch, MaskedText, Objective, distil_objective
 from .losses import decoder, head_rows, soft_ce, triple_loss
 from .packing import hidden_rows
 from .records import atomic_folder
+from .seals import damaged
 
 # %% ../nbs/lib/09b_targets.ipynb #a884cbde
 def targets_key(
@@ -62,7 +63,7 @@ class StoredTargets:
         "Read the rows of some examples, in their order."
         return torch.from_numpy(self.hidden[places(self.store, examples)]).float()
 
-# %% ../nbs/lib/09b_targets.ipynb #43dcf23c
+# %% ../nbs/lib/09b_targets.ipynb #27036d38
 def open_targets(
     store: TokenStore,
     folder: Path,
@@ -70,7 +71,7 @@ def open_targets(
 ) -> StoredTargets | None:  # None: there are none, or they belong to something else
     "Open stored targets."
     manifest = Path(folder) / "manifest.json"
-    if not manifest.is_file() or json.loads(manifest.read_text(encoding="utf-8"))["key"] != key:
+    if not manifest.is_file() or damaged(folder) or json.loads(manifest.read_text(encoding="utf-8"))["key"] != key:
         return None
     return StoredTargets(store, np.load(Path(folder) / "hidden.npy", mmap_mode="r", allow_pickle=False))
 
@@ -82,7 +83,7 @@ def _check_space(folder: Path, rows: int, width: int) -> None:
     if need > free:
         raise UserError(f"stored targets need {need / 1e9:.1f} GB in {folder} and {free / 1e9:.1f} are free; use loss.targets=exact")
 
-# %% ../nbs/lib/09b_targets.ipynb #5108c276
+# %% ../nbs/lib/09b_targets.ipynb #963d222b
 @torch.inference_mode()
 def store_targets(
     teacher: PreTrainedModel,  # in eval mode
@@ -108,7 +109,7 @@ def store_targets(
     assert stored is not None, "just written"
     return stored
 
-# %% ../nbs/lib/09b_targets.ipynb #47291203
+# %% ../nbs/lib/09b_targets.ipynb #47e55548
 @dataclass(frozen=True)
 class TaughtBatch(MaskedBatch):
     "A masked batch with its teacher's hidden states."
@@ -131,7 +132,7 @@ def stored_objective(
         return triple_loss(student, teacher, b.ids_bl, b.attention_bl, b.labels_bl, args, counts, b.t_hidden_nd)
     return Objective(exact.lengths, make, loss)
 
-# %% ../nbs/lib/09b_targets.ipynb #4474d065
+# %% ../nbs/lib/09b_targets.ipynb #3119b0fb
 def int8_teacher(
     teacher: PreTrainedModel,  # BERT or DistilBERT with MLM head; unchanged
 ) -> PreTrainedModel:  # in eval mode, on the CPU
@@ -142,7 +143,7 @@ def int8_teacher(
         setattr(out, out.base_model_prefix, quantize_dynamic(out.base_model, {nn.Linear}, torch.qint8))
     return out
 
-# %% ../nbs/lib/09b_targets.ipynb #38d5ae7b
+# %% ../nbs/lib/09b_targets.ipynb #f1458263
 @torch.inference_mode()
 def targets_kl(
     teacher: PreTrainedModel,  # exact
@@ -160,7 +161,7 @@ def targets_kl(
         total, tokens = total + soft_ce(q, p, temperature).item() / temperature**2, tokens + len(exact)
     return total / tokens
 
-# %% ../nbs/lib/09b_targets.ipynb #211b7185
+# %% ../nbs/lib/09b_targets.ipynb #13c24423
 def objective_for(
     student: PreTrainedModel,
     teacher: PreTrainedModel,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import architecture
 import reference
+import withstands
 import yaml
 from dialect import TOP, convert, link, page_name
 from nbdev.config import get_config
@@ -20,7 +21,7 @@ import results
 SIDEBAR = {  # caption -> pages in their order; a folder stands for its pages by name
     "Start": ["start/index", "start/install", "start/first"],
     "The paper, retold": ["paper/"],
-    "Results": ["results/index"],
+    "Results": ["results/index", "withstands"],
     "How to": [f"howto/{name}" for name in (
         "teacher", "data", "papermill", "run_folder", "task", "loss", "gpus", "cluster", "slurm", "nbdev3")],
     "Library": ["library/"],
@@ -135,6 +136,7 @@ def lay_out(cache: Path, stage: Path, cfg) -> None:
     lay_out_pages(root, stage, repo, set(map(page_name, books)))
     reference.lay_out(root, stage)
     architecture.write(stage)
+    withstands.lay_out(root, stage)
     results.lay_out(root / "results", stage, root / "docs/_extra", repo)
     front = stage / "index.ipynb"
     nb = json.loads(front.read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@ import os
 import sys
 
 import pytest
-from faults import fault, pytest_addoption, pytest_terminal_summary  # noqa: F401  a fixture and two hooks
+from faults import fault, pytest_addoption, pytest_configure, pytest_terminal_summary  # noqa: F401  a fixture and hooks
 from hypothesis import HealthCheck, settings
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -18,6 +18,8 @@ def command(monkeypatch, capfd):
     "Run `distilrepro WORDS` in this process; returns its exit code and what it said."
     from distilrepro import cli
 
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # pytest listens itself
+
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["distilrepro", *map(str, words)])
         code = 0
@@ -28,7 +30,3 @@ def command(monkeypatch, capfd):
         out = capfd.readouterr()
         return code, out.out, out.err
     return run
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "story: the whole story from an empty folder, several processes, minutes")

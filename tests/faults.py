@@ -1,10 +1,12 @@
 """Faults injected by tests, counted: survived or lost. `make torture` runs the same tests with larger numbers and writes the table down."""
 import json
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+BEGUN = pytest.StashKey[float]()
 RECORDS = Path(__file__).resolve().parent.parent / "results/torture/faults.jsonl"
 
 
@@ -52,19 +54,31 @@ def counted(reports) -> list[dict]:
     return [*sums.values(), *(r for r in rows if "value" in r)]
 
 
+def about(seconds: float) -> dict:
+    "When, where and on what the faults were injected."
+    from distilrepro.records import git_state, hardware_card, now
+
+    return dict(created=now(), commit=git_state(RECORDS.parent.parent)["commit"], hardware=hardware_card()["name"], minutes=seconds / 60)
+
+
+def pytest_configure(config):
+    config.stash[BEGUN] = time.monotonic()
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    "Print the table of faults, and write it down when all of it was asked for."
+    "Print the table of faults, and write it down, when all of it was asked for."
     if not config.getoption("--torture"):
         return
     reports = [r for group in terminalreporter.stats.values() for r in group if getattr(r, "when", "") == "teardown"]
     rows = sorted(counted(reports), key=lambda r: (r["group"], r["fault"]))
     say = terminalreporter.write_line
-    say(f"{'fault':<70} {'injected':>8} {'survived':>8} {'lost':>5}")
+    say(f"{'fault':<90} {'injected':>8} {'survived':>8} {'lost':>5}")
     for r in (r for r in rows if "injected" in r):
-        say(f"{r['group'] + ': ' + r['fault']:<70} {r['injected']:>8} {r['survived']:>8} {r['injected'] - r['survived']:>5}")
+        say(f"{r['group'] + ': ' + r['fault']:<90} {r['injected']:>8} {r['survived']:>8} {r['injected'] - r['survived']:>5}")
     injected, survived = (sum(r.get(k, 0) for r in rows) for k in ("injected", "survived"))
-    say(f"{'all':<70} {injected:>8} {survived:>8} {injected - survived:>5}")
+    say(f"{'all':<90} {injected:>8} {survived:>8} {injected - survived:>5}")
     for r in (r for r in rows if "value" in r):
-        say(f"{r['group'] + ': ' + r['fault']:<70} {r['value']:g} {r['unit']}")
+        say(f"{r['group'] + ': ' + r['fault']:<90} {r['value']:g} {r['unit']}")
     RECORDS.parent.mkdir(parents=True, exist_ok=True)
-    RECORDS.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    lines = [about(time.monotonic() - config.stash[BEGUN]), *rows]
+    RECORDS.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines), encoding="utf-8")

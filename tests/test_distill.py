@@ -9,6 +9,7 @@ import torch
 from transformers import get_linear_schedule_with_warmup
 
 from distilrepro import distill, records
+from distilrepro.checkpoints import Place, load_checkpoint, save_checkpoint
 from distilrepro.config import Data, Loop, Loss, Mask, Teacher, UserError
 from distilrepro.corpus import build_store, load_tokenizer
 from distilrepro.distill import (
@@ -17,12 +18,10 @@ from distilrepro.distill import (
     distil_objective,
     evaluate_mlm,
     fit,
-    load_checkpoint,
     lr_factor,
     masked_text,
     micro_batches,
     planned_updates,
-    save_checkpoint,
 )
 from distilrepro.student import build_student, new_teacher
 
@@ -113,10 +112,10 @@ def test_a_checkpoint_of_another_key_is_not_continued(world, unbroken, tmp_path)
 def test_a_checkpoint_that_was_being_written_is_not_continued(world, tmp_path):
     student, objective, _ = pair(world)
     optimizer = adamw(student, LOOP)
-    save_checkpoint(tmp_path, student, optimizer, 4, [], "key", {})
+    save_checkpoint(tmp_path, student, optimizer, "key", Place(4))
     shutil.copytree(tmp_path / "step-00000004", tmp_path / ".step-00000008.part")
     (tmp_path / ".step-00000008.part/optimizer.safetensors").unlink()
-    assert load_checkpoint(tmp_path, student, optimizer, "key")[0] == 4
+    assert load_checkpoint(tmp_path, student, optimizer, "key").update == 4
 
 
 def test_optimizer_moments_return_bit_by_bit(world, tmp_path):
@@ -125,10 +124,10 @@ def test_optimizer_moments_return_bit_by_bit(world, tmp_path):
     for p in student.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    save_checkpoint(tmp_path, student, optimizer, 1, [{"step": 1}], "key", {"loss": [2.5]})
+    save_checkpoint(tmp_path, student, optimizer, "key", place := Place(1, [{"step": 1}], {"loss": [2.5]}))
     other, _, _ = pair(world)
     fresh = adamw(other, LOOP)
-    assert load_checkpoint(tmp_path, other, fresh, "key") == (1, [{"step": 1}], {"loss": [2.5]})
+    assert load_checkpoint(tmp_path, other, fresh, "key") == place
     want, got = optimizer.state_dict()["state"], fresh.state_dict()["state"]
     assert want.keys() == got.keys()
     for i in want:

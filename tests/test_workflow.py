@@ -137,10 +137,10 @@ def run(tmp_path):
 def test_the_first_error_is_handed_on_with_its_kind(run):
     assert "workflow.log" in str(workflow.first_error(run))
     (run.folder / "errors").mkdir()
-    (run.folder / "errors/s02_distil.json").write_text(json.dumps(dict(user=True, message="no such layer")))
+    (run.folder / "errors/s02_distil.json").write_text(json.dumps(dict(kind="UserError", message="no such layer")))
     error = workflow.first_error(run)
     assert isinstance(error, UserError) and str(error) == "s02_distil: no such layer"
-    (run.folder / "errors/s02_distil.json").write_text(json.dumps(dict(user=False, message="disk")))
+    (run.folder / "errors/s02_distil.json").write_text(json.dumps(dict(kind="RuntimeError", message="disk")))
     assert not isinstance(workflow.first_error(run), UserError)
 
 
