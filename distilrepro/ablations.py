@@ -69,7 +69,7 @@ def variants(
                 for r in paper.fillna({"init": "teacher"}).itertuples()]
     return pd.DataFrame(rows).set_index("name")
 
-# %% ../nbs/lib/15d_ablations.ipynb #fbd1b075
+# %% ../nbs/lib/15d_ablations.ipynb #9c5b898c
 def own_results(
     run: Run,
 ) -> dict[str, TaskResult]:  # by task

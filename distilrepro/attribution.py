@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'SHARES', 'OPINION', 'words_of', 'write_words', 'mask_word
            'gradient_x_input', 'deletion', 'deciding_words', 'rank_auc', 'tokens_of', 'choose_rows', 'study',
            'mean_interval', 'truth_scores', 'gains', 'attribution_figure', 'deletion_figure']
 
-# %% ../nbs/lib/14a_attribution.ipynb #82fcfde0
+# %% ../nbs/lib/14a_attribution.ipynb #5177efa9
 import json
 from collections.abc import Callable
 
@@ -63,7 +63,7 @@ def mask_words(
     ids[np.concatenate([*groups, np.zeros(0, int)])] = mask_id
     return example | {"input_ids": ids}
 
-# %% ../nbs/lib/14a_attribution.ipynb #cf9a2875
+# %% ../nbs/lib/14a_attribution.ipynb #6e55ee83
 def log_odds(
     model: PreTrainedModel,
     names: list[str],  # of the inputs after `input_ids`
@@ -89,7 +89,7 @@ def change(
         ends = [log_odds(model, list(i)[1:], target)(*i.values()).item() for i in (as_inputs(model, e) for e in (example, masked))]
     return ends[0] - ends[1]
 
-# %% ../nbs/lib/14a_attribution.ipynb #b4c3f359
+# %% ../nbs/lib/14a_attribution.ipynb #0113aef0
 def integrated_gradients(
     model: PreTrainedModel,  # in eval mode
     example: dict,  # encoded
@@ -109,7 +109,7 @@ def integrated_gradients(
             return out.detach().cpu().numpy()
         steps *= 2
 
-# %% ../nbs/lib/14a_attribution.ipynb #d89c35e7
+# %% ../nbs/lib/14a_attribution.ipynb #ba0ad879
 def gradient_x_input(
     model: PreTrainedModel,  # in eval mode
     example: dict,  # encoded
@@ -124,7 +124,7 @@ def gradient_x_input(
 
 METHODS = {"integrated gradients": integrated_gradients, "gradient x input": gradient_x_input}
 
-# %% ../nbs/lib/14a_attribution.ipynb #a08eac7c
+# %% ../nbs/lib/14a_attribution.ipynb #fd17be21
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the words that are masked
 
 
@@ -169,7 +169,7 @@ def rank_auc(
     marked = np.isin(range(len(scores)), true)
     return float(roc_auc_score(marked, np.abs(scores))) if 0 < marked.sum() < len(scores) else float("nan")
 
-# %% ../nbs/lib/14a_attribution.ipynb #2a18b1da
+# %% ../nbs/lib/14a_attribution.ipynb #f000a29a
 def tokens_of(
     pair: Pair,
     at: int,  # position in `pair.rows`
@@ -188,7 +188,7 @@ def choose_rows(
     long = (i for i in order if len(words_of(tokens_of(pair, i))) > 1)
     return sorted(int(i) for _, i in zip(range(count), long, strict=False))
 
-# %% ../nbs/lib/14a_attribution.ipynb #study-cell
+# %% ../nbs/lib/14a_attribution.ipynb #10df675d
 def study(
     model: PreTrainedModel,  # as `load_eager` gives it
     pair: Pair,
@@ -215,7 +215,7 @@ def study(
         out += [common | f | dict(curve=c) for f, c in zip(found, [*curves[:-randoms], curves[-randoms:].mean(0)], strict=True)]
     return pd.DataFrame(out)
 
-# %% ../nbs/lib/14a_attribution.ipynb #10c5c520
+# %% ../nbs/lib/14a_attribution.ipynb #d7b292f3
 def mean_interval(
     values: dict[str, np.ndarray],  # by name: [n], all over the same examples; NaN: undefined for that example
 ) -> pd.DataFrame:  # a row a name: `mean`, `low`, `high`, `n`

@@ -7,7 +7,7 @@ __all__ = ['BINS', 'bin_edges', 'place_in_bins', 'ece', 'honest_ece', 'brier_ter
            'measure', 'calibration_table', 'reliability', 'draw_reliability', 'reliability_figure',
            'calibration_sentences']
 
-# %% ../nbs/lib/14f_calibration.ipynb #f34e709b
+# %% ../nbs/lib/14f_calibration.ipynb #f33ebac4
 import hashlib
 from typing import Any
 
@@ -104,7 +104,7 @@ def fit_temperature(
     found = minimize_scalar(lambda log_t: nll(logits / np.exp(log_t), label), bounds=ends, method="bounded", options={"xatol": 1e-4})
     return float(np.exp(found.x))
 
-# %% ../nbs/lib/14f_calibration.ipynb #f363ec46
+# %% ../nbs/lib/14f_calibration.ipynb #834b6bf0
 def measure(
     logits: np.ndarray,  # (n, classes)
     label: np.ndarray,  # (n,)

@@ -6,7 +6,7 @@
 __all__ = ['GREY', 'COMPONENTS', 'TIED', 'SHARED', 'CURVES', 'use_style', 'Picture', 'save_figure', 'tasks_figure',
            'count_components', 'record_components', 'component_table', 'parameters_figure', 'learning_curves']
 
-# %% ../nbs/lib/15b_figures.ipynb #ecd87d2a
+# %% ../nbs/lib/15b_figures.ipynb #44c9cfa1
 import base64
 import html
 import io
@@ -25,7 +25,7 @@ from .config import UserError
 from .records import Run, read_records, write_atomic, write_records
 from .tables import COLOURS, MODELS, STYLE, TASKS, Table, command, is_toy, number, results
 
-# %% ../nbs/lib/15b_figures.ipynb #e486efba
+# %% ../nbs/lib/15b_figures.ipynb #ee253bda
 GREY = "#787878"
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKED', 'attend_apart', 'hidden_rows']
 
-# %% ../nbs/lib/06a_packing.ipynb #7c6435ec
+# %% ../nbs/lib/06a_packing.ipynb #7528f291
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .config import UserError
 
-# %% ../nbs/lib/06a_packing.ipynb #8be64314
+# %% ../nbs/lib/06a_packing.ipynb #1a1bdeac
 def attend_apart(
     module: nn.Module,  # the attention layer; unused
     query: torch.Tensor,  # [1, heads, n, head width]
@@ -41,7 +41,7 @@ PACKED = "packed"  # the name of the implementation
 AttentionInterface.register(PACKED, attend_apart)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
-# %% ../nbs/lib/06a_packing.ipynb #0b779a18
+# %% ../nbs/lib/06a_packing.ipynb #f98de8bb
 def _packed(encoder: Any) -> Any:
     "Switch an encoder's attention; one that ignores the switch would let all sequences of a row see each other."
     if encoder.config._attn_implementation != PACKED:

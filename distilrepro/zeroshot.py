@@ -65,7 +65,7 @@ def matrix(
     out.loc[other.index, "p"] = above_floor(other.accuracy, other.n, other.floor)
     return out.assign(above=out.p < 0.05)
 
-# %% ../nbs/lib/15h_zeroshot.ipynb #9c353d53
+# %% ../nbs/lib/15h_zeroshot.ipynb #d399f525
 def sources(
     run: Run,
 ) -> list[str]:  # tasks

@@ -16,6 +16,7 @@ nb_execution_mode = "off"  # pages show the outputs stored in the notebooks
 nb_merge_streams = True
 nb_output_stderr = "remove"
 nb_render_image_options = {"align": "center"}
+nb_render_markdown_format = "myst"  # an output in Markdown is read as the pages are: with tables
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline", "attrs_block", "tasklist"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 3

@@ -9,6 +9,7 @@ DIRECTIVE = re.compile(r"^#\|\s*([\w-]+)\s*:?\s*(.*)$")
 CALLOUT = re.compile(r"^(:{3,})\s*\{\.callout-(\w+)[^}]*\}\s*\n+(?:#+ +(.+)\n)?", re.M)
 SOURCE = re.compile(r"\[source\]\((\S+)\)\{[^}]*\}")
 FENCED = re.compile(r"^```python\n.*?^```", re.M | re.S)
+OPEN = re.compile(r"\(\s*(?:\*args, )?\*\*\w+(?::Any)?\s*\)")  # a class that is given anything: its source says what it takes
 LINKED = re.compile(r"\[(`[^`]+`)\]\([^)]*\)")
 HEADING = re.compile(r"^(#+ )(\S+)", re.M)
 TOP = {"CONTRIBUTING.md": "/contributing.md", "CHANGELOG.md": "/changelog.md"}  # pages that lie at the top of the repository
@@ -50,16 +51,26 @@ def folded(code: str) -> str:
     return f"\n\n::::{{dropdown}} Source\n```python\n{code}\n```\n::::\n" if code else ""
 
 
+def signed(text: str, name: str, source: str) -> tuple[str, str]:
+    "A signature that calls a class one, or shows it whole where it is given anything; and the source that is left to fold away."
+    text = FENCED.sub(lambda m: LINKED.sub(r"\1", m[0]).replace("__main__.", ""), text)
+    if not re.search(rf"^class {name}\b", source, re.M):
+        return text, source
+    if any(OPEN.search(m[0]) for m in FENCED.finditer(text)):
+        return FENCED.sub(lambda m: f"```python\n{source}\n```", text, count=1), ""
+    return FENCED.sub(lambda m: re.sub(r"\)(?:->None)?:", ")", m[0].replace("def ", "class ", 1)), text, count=1), source
+
+
 def show_doc(cell: dict, page: str, sources: dict[str, str]) -> tuple[str, str]:
     "Markdown of a `show_doc` output under a target of its own with the source below it, and that target; code holds no links."
     found = (o["data"]["text/markdown"] for o in cell["outputs"] if "text/markdown" in o.get("data", {}))
     text = SOURCE.sub(r"[source](\1){.nb-source}", re.sub(r"^---\n+", "", "".join(next(found, ""))))
-    text = FENCED.sub(lambda m: LINKED.sub(r"\1", m[0]), text)
     heading = HEADING.search(text)
     if not heading:
         return text, ""
     target = label(page, heading[2])
-    return HEADING.sub(lambda m: f"({target})=\n{m[1]}`{m[2]}`", text, count=1) + folded(sources.get(heading[2], "")), target
+    text, source = signed(text, heading[2], sources.get(heading[2], ""))
+    return HEADING.sub(lambda m: f"({target})=\n{m[1]}`{m[2]}`", text, count=1) + folded(source), target
 
 
 def code(cell: dict, source: str) -> dict | None:

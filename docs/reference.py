@@ -84,7 +84,8 @@ def field_row(name: str, kind: str, default: str, comment: str) -> list[str]:
 
 def fields(model: type[BaseModel]) -> list[list[str]]:
     "Name, type, default and comment of each field, as they stand in the source."
-    rows = [m for line in inspect.getsource(model).splitlines() if (m := FIELD.match(line)) and m[1] in model.model_fields]
+    source = re.sub(r"\(\n\s+(.+)\n\s+\)$", r"(\1)", inspect.getsource(model), flags=re.M)  # a default on lines of its own
+    rows = [m for line in source.splitlines() if (m := FIELD.match(line)) and m[1] in model.model_fields]
     missing = set(model.model_fields) - {m[1] for m in rows}
     assert not missing, f"{model.__name__}: no line for {missing}"
     return [field_row(*m.groups("")) for m in rows]
@@ -109,9 +110,11 @@ def settings_page() -> str:
 
 
 def commands_page() -> str:
-    "The commands, as Typer documents them."
+    "The commands, as Typer documents them, but each summary whole."
     command = [sys.executable, "-m", "typer", "distilrepro.cli", "utils", "docs", "--name", "distilrepro", "--title", "Commands"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    about = dict(re.findall(r"^## `distilrepro (\w+)`\n\n(.+)$", text, re.M))
+    return re.sub(r"^\* `(\w+)`: .+$", lambda m: f"* `{m[1]}`: {about[m[1]]}" if m[1] in about else m[0], text, flags=re.M)
 
 
 def records_page() -> str:

@@ -24,6 +24,7 @@ seeds; retention as ratio of macro means and as mean of per-task ratios. None of
 what each shows, and what it does not, stands on its pages.
 """
 TOY = "{bdg-warning}`toy` A synthetic language: the machinery works; nothing is said of English."
+WORDS = re.compile(r"<td>(?=[^<]{36})")  # a cell that holds a sentence: its lines may break
 SETTING_UP = re.compile(r"\s*(run = start\(|(from|import) )")  # cells that a reader of results has no use for
 FOLDED = {"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 
@@ -62,7 +63,20 @@ def folded(cell, alt: str):
     if "injected-parameters" in cell.metadata.get("tags", []) or "parameters" in cell.metadata.get("tags", []) or SETTING_UP.match(source):
         return None
     outputs = [o for o in cell.outputs if told(o)]
+    for o in outputs:
+        if "text/html" in o.get("data", {}):
+            o.data["text/html"] = WORDS.sub('<td class="words">', o.data["text/html"])
     return nbformat.v4.new_code_cell(source, outputs=outputs, metadata={"tags": ["hide-input"], "mystnb": FOLDED | {"image": {"alt": alt}}})
+
+
+def joined(cells: list) -> list:
+    "Code that shows nothing stands in one fold with the code below it."
+    out: list = []
+    for cell in cells:
+        if cell.cell_type == "code" and out and out[-1].cell_type == "code" and not out[-1].outputs:
+            cell.source = f"{out.pop().source.rstrip()}\n\n{cell.source}"
+        out.append(cell)
+    return out
 
 
 def opening(run: Run, nb, stem: str, repo: str) -> str:
@@ -83,6 +97,7 @@ def readable(path: Path, run: Run, repo: str) -> dict:
             cells.append(cell)
         elif shown := folded(cell, f"{title_of(nb, path.stem)[0]}: {heading}"):
             cells.append(shown)
+    cells = joined(cells)
     for i, cell in enumerate(cells):
         cell.id = f"cell-{i}"
     page = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python", "pygments_lexer": "ipython3"}})
