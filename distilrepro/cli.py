@@ -16,8 +16,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .config import QUIET, UserError, finetune_for, load_settings, preset_names
+from .config import QUIET, UserError, finetune_for, load_settings, preset_names, visible
 
 # %% ../nbs/lib/17_cli.ipynb #42253b94
 app = typer.Typer(help="DistilBERT, reproduced: distil, fine-tune, evaluate, and rebuild every table.", no_args_is_help=True,
@@ -33,11 +34,12 @@ def show(
     title: str,
 ) -> None:
     "Print a table on the terminal."
-    out = Table(title=title, title_justify="left")
+    def said(value): return Text(visible("none" if value is None or value != value else str(value)))  # no text is taken for rich's markup
+    out = Table(title=said(title), title_justify="left")
     for column in table.columns:
-        out.add_column(str(column))
+        out.add_column(said(column))
     for row in table.itertuples(index=False):
-        out.add_row(*("none" if value is None or value != value else str(value) for value in row))
+        out.add_row(*map(said, row))
     Console(force_jupyter=False).print(out)
 
 # %% ../nbs/lib/17_cli.ipynb #c530dd35
@@ -204,8 +206,8 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        typer.echo(f"error: {e}", err=True)
+        typer.echo(f"error: {visible(str(e))}", err=True)
         sys.exit(2)
     except (RuntimeError, OSError) as e:
-        typer.echo(f"failed: {e}", err=True)
+        typer.echo(f"failed: {visible(str(e))}", err=True)
         sys.exit(1)

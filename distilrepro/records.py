@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,7 +50,7 @@ def _sync(
 
 def write_atomic(
     path: Path,  # where the whole file appears
-    data: str | bytes,  # text is written as UTF-8
+    data: str | bytes,  # text is written as UTF-8, half a character as its escape
 ) -> Path:  # the same path
     "Write a file whole or not at all; raises `RuntimeError` that names the file when the disk refuses."
     path = Path(path)
@@ -57,7 +58,7 @@ def write_atomic(
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            f.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes private files
@@ -230,7 +231,8 @@ class Run:
         self.folder = Path(folder).resolve()
         config = self.folder / "config.yaml"
         if not config.is_file():
-            raise UserError(f"{folder} is not a run folder: it has no config.yaml; make one with `distilrepro reproduce --run {folder}`")
+            raise UserError(f"{folder} is not a run folder: it has no config.yaml; make one with "
+                            f"`distilrepro reproduce --run {shlex.quote(str(folder))}`")
         try:
             self.settings = Settings(**yaml.safe_load(config.read_text(encoding="utf-8")))
         except (ValidationError, TypeError, yaml.YAMLError) as e:
