@@ -44,7 +44,7 @@ if kind == "blobs":  # a tokenizer without BERT's normaliser, which reads a giga
 for size in sizes:
     wanted, written = size, 0
     if kind == "sequences":  # the store alone: as many sequences as asked for, whatever the text
-        corpus.sequences = lambda *others: ([2, *range(5, 55), 3] for i in range(size))
+        corpus.sequences = lambda *others: ([2, *range(5, 55), 3] for i in range(wanted))
         block, size = "a line", 1
     with open(folder / "a.txt", "w") as f:
         while written < size: written += f.write(block)
@@ -208,8 +208,9 @@ def test_a_run_without_shared_memory_works(teacher, tmp_path, fault):
 
 SECRETS = {
     "HF_TOKEN": "hf_planted0000000000000000000000000000", "AWS_SECRET_ACCESS_KEY": "wJalrPlantedSecretKey",
-    "WANDB_API_KEY": "planted0wandb0key", "OPENAI_API_KEY": "sk-planted-openai", "DATABASE_URL": "postgres://u:plantedpassword@host/db", "GITHUB_TOKEN": "ghp_planted0github",
-    "MY_PASSWORD": "planted-pass-word", "SSH_PRIVATE_KEY": "-----BEGIN PLANTED PRIVATE KEY-----"}
+    "WANDB_API_KEY": "planted0wandb0key", "OPENAI_API_KEY": "sk-planted-openai", "MY_PASSWORD": "planted-pass-word",
+    "DATABASE_URL": "postgres://u:plantedpassword@host/db", "GITHUB_TOKEN": "ghp_planted0github",
+    "SSH_PRIVATE_KEY": "-----BEGIN PLANTED PRIVATE KEY-----"}
 REMOTE = "https://user:planted-remote-token@example.org/repo.git"
 ODD = """it's "a" run; {x} ü $(id) `id` & #1"""
 
