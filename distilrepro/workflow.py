@@ -314,10 +314,7 @@ def publish(
     run: Run,
     folder: Path,  # such as `results/minilm-small`
 ) -> list[Path]:  # the files
-    """Copy what the tables of a run are computed from and what its report shows; weights, corpora and stages' notebooks stay behind.
-
-    Raises `UserError` for a folder that holds anything else than published results, which are replaced.
-    """
+    "Copy what a run's tables are computed from and what its report shows; raises `UserError` for a folder that holds anything else."
     folder = folder.expanduser().resolve()
     ours = {"config.yaml", "provenance.json", "records", "predictions", "tables", "notebooks"}
     if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= ours) or folder == run.folder:
