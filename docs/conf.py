@@ -30,11 +30,7 @@ html_search_scorer = str(Path(__file__).with_name("scorer.js"))
 html_show_search_summary = False  # its excerpts are fetched, which no browser allows for pages opened as files
 copybutton_exclude = ".linenos, .gp, .go"
 mathjax_path = "mathjax/tex-svg-full.js"  # MathJax 3 in one file: version 4 fetches its fonts from a CDN when a page is read
-mathjax3_config = {  # formulas are what Markdown says is one: dollars in outputs and tables, texts of anyone, are dollars
-    "svg": {"fontCache": "global"},
-    "options": {"ignoreHtmlClass": "tex2jax_ignore|mathjax_ignore|document", "processHtmlClass": "math"},
-}
-myst_update_mathjax = False  # it would have outputs searched for formulas
+mathjax3_config = {"svg": {"fontCache": "global"}}
 
 
 def copy_mathjax(app, error) -> None:
