@@ -137,12 +137,12 @@ def test_pins_are_still_offered(fault):
     for one in Random(date.today().toordinal()).sample(small, 5):
         words = ["install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", f"{one}=={pins()[one]}"]
         done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True, timeout=120)
-        if done.returncode and "No matching distribution" not in done.stderr:
+        if done.returncode and ("No matching distribution" not in done.stderr or "(from versions: none)" in done.stderr):
             pytest.skip(f"no index here: {done.stderr.strip().splitlines()[-1:]}")
         with fault("supply", "a pin that is not offered or was withdrawn"):
             assert done.returncode == 0, done.stderr
             (offer,) = json.loads(done.stdout)["install"]
-            assert not offer["is_yanked"], f"{one} {pins()[one]} was withdrawn; pin another version"
+            assert not offer.get("is_yanked") and "yanked" not in done.stderr, f"{one} {pins()[one]} was withdrawn; pin another version"
             assert SpecifierSet(offer["metadata"].get("requires_python", "")).contains("3.11.2")
 
 
