@@ -23,7 +23,7 @@ from distilrepro.synthetic import documents
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = """
-import resource, shutil, sys, time
+import shutil, sys, time
 from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -51,7 +51,8 @@ for size in sizes:
     begun = time.process_time()
     store = corpus.build_store(Data(source="local"), tokenizer, [str(folder / "a.txt")], "train", folder / "store", 0)
     assert len(store) == (wanted if kind == "sequences" else block.count("\\n") * -(-size // len(block)))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.process_time() - begun)
+    most = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss would be the parent's, from before exec
+    print(int(most.split()[1]) / 1024, time.process_time() - begun)
     shutil.rmtree(folder / "store")
 """
 
@@ -78,7 +79,7 @@ def test_memory_of_tokenisation_does_not_grow_with_the_text(tmp_path, fault, kin
         fault.measured("resources", f"peak memory after {sizes[0]} MB of text, {kind}", least, "MB")
         fault.measured("resources", f"peak memory after {sizes[1]} MB of text, {kind}", most, "MB")
         fault.measured("resources", f"tokenising {kind}", sizes[1] / seconds, "MB/s of one core")
-        assert most < least + 40, "not flat: a list of the text or of its tokens would be far more"
+        assert least < most + 1 < least + 40, "not flat: a list of the text or of its tokens would be far more"
 
 
 def test_memory_of_a_store_is_little_a_sequence(tmp_path, fault):
@@ -88,7 +89,7 @@ def test_memory_of_a_store_is_little_a_sequence(tmp_path, fault):
         (least, _), (most, _) = peaks(tmp_path / "store", "sequences", few, many)
         each = (most - least) * 2**20 / (many - few)
         fault.measured("resources", f"memory of a token store of {many:,} sequences", each, "bytes a sequence")
-        assert each < 48
+        assert 8 < each < 48, "length and place alone are 16"
 
 
 @pytest.mark.parametrize("n", [1, 5, (1 << 18) + 3])
