@@ -6,8 +6,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 BENCHES := $(patsubst nbs/stages/%,_bench/%,$(wildcard nbs/stages/b*.ipynb))
 
-# $(call option,name,VARIABLE): --name='value' when VARIABLE is set, quoted so that the shell never reads the value
-option = $(if $(value $(2)),--$(1)='$(subst ','\'',$(value $(2)))')
+# $(call quoted,VARIABLE): its value, which neither make nor the shell reads; $(call option,name,VARIABLE): --name='value' when it is set
+quoted = '$(subst ','\'',$(value $(1)))'
+option = $(if $(value $(2)),--$(1)=$(call quoted,$(2)))
+unexport PRESET SCALE DATA RUN
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce test torture docs docs-test bench export check clean lock
@@ -34,7 +36,7 @@ bench: $(BENCHES) ## the benchmark notebooks, to _bench/ (RUN=a run folder)
 
 _bench/%.ipynb: nbs/stages/%.ipynb .venv/dev FORCE
 	@mkdir -p _bench
-	$(BIN)/papermill --log-output --kernel python3 $< $@ -p run '$(or $(RUN),runs/quick)'
+	$(BIN)/papermill --log-output --kernel python3 $< $@ -p run $(if $(value RUN),$(call quoted,RUN),runs/quick)
 
 FORCE:
 

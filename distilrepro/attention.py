@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention
 
-from .config import UserError
+from .config import UserError, visible
 from .pair import probabilities
 from .speed import as_inputs
 from .student import layer_map
@@ -167,8 +167,8 @@ def draw_map(
 ):  # the image, for a colour bar
     "Draw a whole attention map with a label for each token."
     image = ax.imshow(weights, cmap="viridis", norm=norm)
-    ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=9)
-    ax.set_yticks(range(len(tokens)), tokens, fontsize=9)
+    ax.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=9, parse_math=False)  # a dollar is a dollar
+    ax.set_yticks(range(len(tokens)), tokens, fontsize=9, parse_math=False)
     ax.tick_params(length=0, colors=INK)
     return image
 
@@ -200,7 +200,7 @@ def draw_text(
 ) -> None:
     "Write the tokens as a text with a bar over each, as high as its weight; special tokens get none."
     for (line, column, text), token, weight in zip(set_lines(tokens), tokens, row, strict=True):
-        ax.text(column, line + 0.9, text, family="monospace", fontsize=8, color=INK, va="bottom")
+        ax.text(column, line + 0.9, text, family="monospace", fontsize=8, color=INK, va="bottom", parse_math=False)
         if token not in SPECIAL:
             height = 0.42 * min(weight / top, 1)
             ax.add_patch(Rectangle((column, line + 0.42 - height), len(text) - 0.15, height, color=colour, linewidth=0))
@@ -219,7 +219,7 @@ def draw_top(
     "Draw the tokens with the largest weights as bars, named with their position in the text; special tokens are left out."
     order = [i for i in np.argsort(-row, kind="stable") if tokens[i] not in SPECIAL][:count]
     ax.barh(range(len(order)), 100 * row[order], color=colour)
-    ax.set_yticks(range(len(order)), [f"{tokens[i][:12]} ({i})" for i in order], fontsize=8)
+    ax.set_yticks(range(len(order)), [f"{tokens[i][:12]} ({i})" for i in order], fontsize=8, parse_math=False)
     ax.invert_yaxis()
     ax.set(xlabel="% of the row of [CLS]", xlim=(0, 100 * top))
     sns.despine(ax=ax)
@@ -260,7 +260,7 @@ def attention_figure(
     "Draw teacher and student side by side; raises `UserError` when maps and tokens do not match."
     if not student.shape == teacher.shape == (len(tokens), len(tokens)):
         raise UserError(f"maps {student.shape} and {teacher.shape} do not match {len(tokens)} tokens; use the same example for both")
-    maps = {"teacher": teacher, "student": student}
+    maps, tokens = {"teacher": teacher, "student": student}, [*map(visible, tokens)]
     fig = _whole_maps(maps, tokens) if len(tokens) <= 24 else _cls_rows(maps, tokens)
     fig.suptitle(f"Attention, {about}", fontsize=11, color=INK)
     seen = {m: [i for i in np.argsort(-w[0], kind="stable") if tokens[i] not in SPECIAL][:3] for m, w in maps.items()}
@@ -302,6 +302,7 @@ def rows_figure(
     "Draw what [CLS] reads, a line for each layer or head; raises `UserError` when rows and tokens do not match."
     if not student.shape[1] == teacher.shape[1] == len(tokens):
         raise UserError(f"rows {student.shape} and {teacher.shape} do not match {len(tokens)} tokens; use the same example for both")
+    tokens = [*map(visible, tokens)]
     rows, columns = widest(dict(teacher=teacher, student=student), tokens)
     heights = [len(w) for w in rows.values()]
     fig, axes = plt.subplots(2, 1, figsize=(8.5, 0.24 * sum(heights) + 2), height_ratios=heights, sharex=True, layout="constrained")
@@ -312,7 +313,7 @@ def rows_figure(
         ax.set_yticks(range(len(weights)), names[model], fontsize=8)
         ax.set_title(model, color=COLOURS[model], fontsize=10)
         ax.tick_params(length=0, colors=INK)
-    axes[1].set_xticks(range(len(columns)), columns, rotation=90, fontsize=9)
+    axes[1].set_xticks(range(len(columns)), columns, rotation=90, fontsize=9, parse_math=False)
     fig.colorbar(image, ax=axes, shrink=0.8, extend="max").set_label("share of the row of [CLS]", color=INK)
     fig.suptitle(f"What [CLS] reads, {about}", fontsize=11, color=INK)
     real = np.array([t not in SPECIAL for t in tokens])

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention import COLOURS, INK, SPECIAL
-from .config import UserError
+from .config import UserError, visible
 from .finetune import predict
 from .language import FEELINGS, SIGNED
 from .pair import Pair, probabilities
@@ -262,7 +262,7 @@ def attribution_figure(
     most: int = 20,  # words shown
 ) -> Figure:  # its label is the description in words
     "Draw what each word did to both answers."
-    scores = dict(teacher=teacher, student=student)
+    scores, words = dict(teacher=teacher, student=student), [*map(visible, words)]
     largest = np.argsort(-np.max([np.abs(s) / (np.abs(s).max() or 1) for s in scores.values()], axis=0), kind="stable")
     shown = np.sort(largest[:most])
     names = [words[i][:14] + (f" ({i + 1})" if len(words) > most else "") for i in shown]
@@ -273,7 +273,7 @@ def attribution_figure(
         ax.set_title(f"{model} says {answers[model]}", color=COLOURS[model], fontsize=10)
         ax.set(xlabel="share in the log-odds of its answer\n(grey: against it)")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(shown)), names, fontsize=9)
+    axes[0].set_yticks(range(len(shown)), names, fontsize=9, parse_math=False)
     axes[0].invert_yaxis()
     best = {m: ", ".join(words[i] for i in np.argsort(-np.abs(s), kind="stable")[:3]) for m, s in scores.items()}
     few = f", the {len(shown)} largest of {len(words)}" if len(words) > most else ""

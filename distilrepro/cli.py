@@ -6,7 +6,7 @@
 __all__ = ['app', 'Sets', 'PresetName', 'Scale', 'DataDir', 'show', 'reproduce', 'notebook', 'report', 'publish', 'distil',
            'show_scores', 'finetune', 'evaluate', 'fetch', 'doctor', 'presets', 'main']
 
-# %% ../nbs/lib/17_cli.ipynb #e3174754
+# %% ../nbs/lib/17_cli.ipynb #99918564
 import os
 import signal
 import sys
@@ -17,8 +17,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .config import QUIET, Interrupted, UserError, finetune_for, load_settings, preset_names
+from .config import QUIET, Interrupted, UserError, finetune_for, load_settings, preset_names, visible
 
 # %% ../nbs/lib/17_cli.ipynb #42253b94
 app = typer.Typer(help="DistilBERT, reproduced: distil, fine-tune, evaluate, and rebuild every table.", no_args_is_help=True,
@@ -28,17 +29,18 @@ PresetName = Annotated[str, typer.Option(help="Name of a preset, or a YAML file.
 Scale = Annotated[str, typer.Option(help="Budget: smoke, small or full; empty: the preset's own.")]
 DataDir = Annotated[str, typer.Option("--data", help="Folder in the local layout: NAME/SPLIT.parquet.")]
 
-# %% ../nbs/lib/17_cli.ipynb #5baf0814
+# %% ../nbs/lib/17_cli.ipynb #3096b6c7
 def show(
     table,  # a pandas DataFrame
     title: str,
 ) -> None:
     "Print a table on the terminal."
-    out = Table(title=title, title_justify="left")
+    def said(value): return Text(visible("none" if value is None or value != value else str(value)))  # no text is taken for rich's markup
+    out = Table(title=said(title), title_justify="left")
     for column in table.columns:
-        out.add_column(str(column))
+        out.add_column(said(column))
     for row in table.itertuples(index=False):
-        out.add_row(*("none" if value is None or value != value else str(value) for value in row))
+        out.add_row(*map(said, row))
     Console(force_jupyter=False).print(out)
 
 # %% ../nbs/lib/17_cli.ipynb #c530dd35
@@ -197,7 +199,7 @@ def presets():
     rows = [(name, load_settings(name).note) for name in preset_names()]
     show(pd.DataFrame(rows, columns=["preset", "what it is"]), "presets")
 
-# %% ../nbs/lib/17_cli.ipynb #827c3a16
+# %% ../nbs/lib/17_cli.ipynb #e0ee07bd
 def main() -> None:
     "Run the command line: exit code 2 for a user's mistake, 1 for a failure, 130 when asked to stop, each with one sentence."
     os.environ |= QUIET
@@ -206,13 +208,13 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        typer.echo(f"error: {e}", err=True)
+        typer.echo(f"error: {visible(str(e))}", err=True)
         sys.exit(2)
     except Interrupted as e:
         typer.echo(str(e), err=True)
         sys.exit(130)
     except (RuntimeError, OSError) as e:
-        typer.echo(f"failed: {e}", err=True)
+        typer.echo(f"failed: {visible(str(e))}", err=True)
         sys.exit(1)
 
 

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'Fraction', 'Positive', 'Weight', 'Count', 'TaskName', 'Seeds', 'FormName', 'JOB_WEIGHT', 'UserError',
-           'Interrupted', 'unknown', 'Section', 'Data', 'Mask', 'Loop', 'Teacher', 'Student', 'Loss', 'Finetune',
-           'Grid', 'Speed', 'SecondDistillation', 'Ablation', 'ZeroShot', 'Forms', 'Settings', 'merge', 'preset_names',
-           'read_preset', 'override', 'fields_at', 'explain', 'finetune_for', 'ablation_settings', 'seeds_for',
-           'load_settings', 'job_groups']
+           'Interrupted', 'unknown', 'visible', 'markdown', 'Section', 'Data', 'Mask', 'Loop', 'Teacher', 'Student',
+           'Loss', 'Finetune', 'Grid', 'Speed', 'SecondDistillation', 'Ablation', 'ZeroShot', 'Forms', 'Settings',
+           'merge', 'preset_names', 'read_preset', 'override', 'fields_at', 'explain', 'finetune_for',
+           'ablation_settings', 'seeds_for', 'load_settings', 'job_groups']
 
 # %% ../nbs/lib/01_config.ipynb #13272bca
 import copy
 import difflib
 import hashlib
 import json
+import re
+import unicodedata
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -40,6 +42,28 @@ def unknown(
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return UserError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")
+
+# %% ../nbs/lib/01_config.ipynb #bf4af441
+def _sign(found: re.Match) -> str:
+    "Write a character as itself, or as a sign of itself where it is a control."
+    code, kind = ord(found[0]), unicodedata.category(found[0])
+    if kind == "Cc" and code < 32:
+        return chr(0x2400 + code)
+    return f"[U+{code:04X}]" if kind in ("Cc", "Cf", "Cs") else found[0]
+
+
+def visible(
+    text: str,  # anything
+) -> str:  # without control characters, marks of direction and broken halves of characters
+    "Replace what a reader could not see by a sign of it."
+    return re.sub(r"[^\n\t -~]", _sign, text)
+
+
+def markdown(
+    text: str,  # anything
+) -> str:
+    "Write a text so that Markdown shows it as it is: no link, no picture, no formula, no HTML."
+    return re.sub(r"([\\`*<$|~]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|!(?=\[)|\](?=[(\[:{]))", r"\\\1", visible(text))
 
 # %% ../nbs/lib/01_config.ipynb #2668b693
 QUIET = {

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import softmax
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from .config import Data, UserError, finetune_for, unknown
+from .config import Data, UserError, finetune_for, unknown, visible
 from .finetune import evaluate_model, own_tokenizer, predict, prediction_table, task_rows
 from .records import Run, read_predictions
 from .sources import load_split, raw_tokenizer
@@ -158,7 +158,7 @@ def state_case(
         raise UserError(f"no example {chosen} among the {len(ids)} evaluated ones of {pair.task.name}; expected an id such as {ids[:3]}")
     parts = str(pair.tokenizer.decode(pair.rows[at]["input_ids"])).removeprefix("[CLS]").split("[SEP]")
     labels, text = pair.task.labels, " / ".join(p.strip() for p in parts if p.strip())
-    facts = {"chosen": why, "text": text, "label": labels[pair.rows[at]["label"]]}
+    facts = {"chosen": why, "text": visible(text), "label": labels[pair.rows[at]["label"]]}
     for model in ("teacher", "student"):
         p = probabilities(pair.answers[model].iloc[[at]])[0]
         facts[model] = f"{labels[p.argmax()]} (probability {p.max():.2f})"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'ANALYSES', 'SECTIONS', 'EXTRAS', 'checkout', 'Job', 'tuning_jobs', 'ablation_jobs', 'analysis_jobs',
-           'asks_for_forms', 'jobs', 'write_keys', 'execute', 'run_job']
+           'asks_for_forms', 'jobs', 'write_keys', 'writable', 'places', 'execute', 'run_job']
 
 # %% ../nbs/lib/13b_plan.ipynb #a45f4acd
 import hashlib
@@ -141,6 +141,26 @@ def write_keys(
     return keys
 
 # %% ../nbs/lib/13b_plan.ipynb #09adcb4e
+def writable(
+    folder: Path,  # there or not
+) -> bool:
+    "Say whether something can be written into a folder, or the folder be made."
+    folder = next(p for p in (folder, *folder.parents) if p.exists())
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def places(
+    run: Run,
+) -> dict[str, str]:  # variables of the environment; empty where home and caches can be written
+    "Give programs that want a home or a cache a folder of the run instead, where they have none to write into."
+    home = Path(os.environ.get("HOME") or Path("~").expanduser())
+    wanted = {"HOME": home} | {k: Path(v) for k in ("XDG_CACHE_HOME", "MPLCONFIGDIR", "HF_HOME", "IPYTHONDIR") if (v := os.environ.get(k))}
+    own = {k: run.folder / ".home" / k.lower() for k, folder in wanted.items() if not writable(folder)}
+    for folder in own.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    return {k: str(v) for k, v in own.items()}
+
+
 def execute(
     run: Run,
     job: Job,
@@ -153,9 +173,10 @@ def execute(
     target, work, failed = (run.folder / "notebooks" / name.format(job.name) for name in ("{}.ipynb", ".{}.part.ipynb", "{}.failed.ipynb"))
     target.parent.mkdir(parents=True, exist_ok=True)
     parameters = {"run": str(run.folder)} | job.parameters
-    os.environ |= QUIET
+    os.environ |= QUIET | places(run)
+    source, out = (str(p).replace("{", "{{").replace("}", "}}") for p in (root / "nbs" / job.notebook, work))  # papermill formats paths
     try:
-        papermill.execute_notebook(root / "nbs" / job.notebook, work, parameters, kernel_name="python3", progress_bar=False, cwd=str(root))
+        papermill.execute_notebook(source, out, parameters, kernel_name="python3", progress_bar=False, cwd=str(root))
     except papermill.PapermillExecutionError as e:
         raise _error(e.ename, e.evalue, work.rename(failed)) from None
     except DeadKernelError:

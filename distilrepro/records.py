@@ -7,13 +7,14 @@ __all__ = ['PACKAGES', 'PACKAGE', 'write_atomic', 'atomic_folder', 'Record', 'ha
            'imported_rooms', 'code_hash', 'notebook_code', 'Run', 'create_run', 'locked', 'write_records', 'read_unit',
            'read_records', 'is_done', 'write_predictions', 'read_predictions', 'read_table', 'find_run', 'start']
 
-# %% ../nbs/lib/02_records.ipynb #af54b745
+# %% ../nbs/lib/02_records.ipynb #6cb184b7
 import ast
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import time
@@ -36,7 +37,7 @@ from safetensors import SafetensorError
 from .config import Section, Settings, UserError, unknown
 from .seals import seal
 
-# %% ../nbs/lib/02_records.ipynb #0b40e2ab
+# %% ../nbs/lib/02_records.ipynb #84119332
 def _sync(
     path: Path,  # a file or a folder
 ) -> None:
@@ -56,14 +57,14 @@ def _refused(path: Path, e: Exception) -> RuntimeError:
 
 def write_atomic(
     path: Path,  # where the whole file appears
-    data: str | bytes,  # text is written as UTF-8
+    data: str | bytes,  # text is written as UTF-8, half a character as its escape
 ) -> Path:  # the same path
     "Write a file whole or not at all; raises `RuntimeError` that names the file when the disk refuses."
     path, temporary = Path(path), Path(path).with_name(f".{Path(path).name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            f.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -226,7 +227,7 @@ def notebook_code(
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
 
-# %% ../nbs/lib/02_records.ipynb #99547c05
+# %% ../nbs/lib/02_records.ipynb #d992308e
 class Run:
     "A run folder: its settings, and everything written into it."
 
@@ -237,7 +238,8 @@ class Run:
         self.folder = Path(folder).resolve()
         config = self.folder / "config.yaml"
         if not config.is_file():
-            raise UserError(f"{folder} is not a run folder: it has no config.yaml; make one with `distilrepro reproduce --run {folder}`")
+            raise UserError(f"{folder} is not a run folder: it has no config.yaml; make one with "
+                            f"`distilrepro reproduce --run {shlex.quote(str(folder))}`")
         try:
             self.settings = Settings(**yaml.safe_load(config.read_text(encoding="utf-8")))
         except (ValidationError, TypeError, yaml.YAMLError) as e:

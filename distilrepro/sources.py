@@ -25,6 +25,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
+from .checksums import as_listed
 from .config import Data, UserError, unknown
 from .language import vocabulary
 from .lookalikes import TASKS, task
@@ -121,7 +122,7 @@ def local_files(
     found = split_files(root / name)
     if split not in found:
         raise missing(f"split {split!r} of {name}", str(root / name), found)
-    return found[split]
+    return [as_listed(root, path) for path in found[split]]
 
 # %% ../nbs/lib/04a_sources.ipynb #c62309e8
 @contextmanager

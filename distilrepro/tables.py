@@ -12,6 +12,7 @@ __all__ = ['GLUE', 'TASKS', 'OFFICIAL', 'TRAINING', 'METRIC', 'MODELS', 'COLOURS
 # %% ../nbs/lib/15_tables.ipynb #c170c1f3
 import html
 import json
+import shlex
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from .config import UserError, seeds_for, unknown
+from .config import UserError, markdown, seeds_for, unknown, visible
 from .records import Run, read_records, write_atomic
 from .stats import TaskResult, task_results
 
@@ -89,13 +90,13 @@ def _cell(
     text: str,  # lines after the first are small print
 ) -> str:
     "Write the inside of a cell as HTML."
-    first, *rest = (html.escape(t) for t in text.split("\n"))
+    first, *rest = (html.escape(visible(t)) for t in text.split("\n"))
     return first + "".join(f"<small>{t}</small>" for t in rest)
 
 
 def _line(texts: list[str]) -> str:
     "Write a row as Markdown."
-    return "| " + " | ".join(t.replace("|", "\\|").replace("\n", "<br>") for t in texts) + " |"
+    return "| " + " | ".join(markdown(t).replace("\n", "<br>") for t in texts) + " |"
 
 
 def _row(texts: list[str]) -> str:
@@ -107,7 +108,7 @@ def notes_html(
     notes: list[str],
 ) -> str:
     "Write sentences as an HTML list."
-    return "<ul>" + "".join(f"<li>{html.escape(n)}</li>" for n in notes) + "</ul>" if notes else ""
+    return "<ul>" + "".join(f"<li>{html.escape(visible(n))}</li>" for n in notes) + "</ul>" if notes else ""
 
 # %% ../nbs/lib/15_tables.ipynb #675617dc
 @dataclass(frozen=True, repr=False)
@@ -133,10 +134,10 @@ class Table:
 
     def to_markdown(self) -> str:
         "Write the table as Markdown, one table a block."
-        out = [f"**{self.title}**" + (" (toy)" if self.toy else "")]
+        out = [f"**{markdown(self.title)}**" + (" (toy)" if self.toy else "")]
         for title, rows in self.blocks:
-            out += ["", f"*{title}*", "", _line(self.columns), "|---|" + "---:|" * (len(self.columns) - 1), *map(_line, rows)]
-        return "\n".join([*out, "", *(f"- {n}" for n in self.notes)]) + "\n"
+            out += ["", f"*{markdown(title)}*", "", _line(self.columns), "|---|" + "---:|" * (len(self.columns) - 1), *map(_line, rows)]
+        return "\n".join([*out, "", *(f"- {markdown(n)}" for n in self.notes)]) + "\n"
 
     def to_json(self) -> str:
         "Write the numbers as JSON, with title, notes and the toy mark; what is undefined is null."
@@ -226,7 +227,7 @@ def command(
 ) -> str:  # a shell command
     "Name the command that fills what a run lacks."
     s = run.settings
-    return f"distilrepro reproduce --preset {s.preset} --scale {s.scale} --run runs/{run.name}"
+    return shlex.join(["distilrepro", "reproduce", "--preset", s.preset, "--scale", s.scale, "--run", f"runs/{run.name}"])
 
 # %% ../nbs/lib/15_tables.ipynb #95e36f3f
 def answers(

@@ -1,14 +1,18 @@
 """The site's results: a page for each committed run, its executed notebooks below it, their code folded away."""
+import hashlib
+import html
 import json
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 from dialect import OPTION, front_matter
 
+from distilrepro.config import markdown
 from distilrepro.records import Run
-from distilrepro.report import EXPECTED, lead_html, provenance_html, summary_markdown
+from distilrepro.report import EXPECTED, acts, lead_html, provenance_html, summary_markdown
 from distilrepro.tables import TASKS, is_toy
 
 PARTS = {  # heading of a run's page -> what its notebooks' names begin with
@@ -27,6 +31,22 @@ TOY = "{bdg-warning}`toy` A synthetic language: the machinery works; nothing is 
 WORDS = re.compile(r"<td>(?=[^<]{36})")  # a cell that holds a sentence: its lines may break
 SETTING_UP = re.compile(r"\s*(run = start\(|(from|import) )")  # cells that a reader of results has no use for
 FOLDED = {"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
+
+
+def line(text: str) -> str:
+    "A text that a user gave, such as a run's name, as one line of Markdown that shows it as it is."
+    return markdown(" ".join(text.split()))
+
+
+def raw(text: str) -> str:
+    "HTML as a block that no text in it can close."
+    return f"```{{raw}} html\n{text.replace('`', '&#96;')}\n```\n"
+
+
+def place(name: str) -> str:
+    "The folder of a run's pages: its name, or what of it may stand in an address, told apart by a hash."
+    plain = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
+    return name if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def is_model_run(run: Run) -> bool:
@@ -53,7 +73,9 @@ def title_of(nb, stem: str) -> tuple[str, str]:
 
 
 def told(out) -> bool:
-    "Is an output for a reader: a table, a picture, prose? A bare name is not."
+    "Is an output for a reader: a table, a picture, prose? A bare name is not, nor is HTML that could act."
+    if "text/html" in out.get("data", {}) and acts(out.data["text/html"]):
+        return False
     return out.output_type == "stream" or any(kind in ("text/html", "text/markdown") or kind.startswith("image/") for kind in out.data)
 
 
@@ -83,8 +105,8 @@ def opening(run: Run, nb, stem: str, repo: str) -> str:
     "How the page of an executed notebook begins: title, subtitle, whose numbers these are and where the notebook itself lies."
     title, subtitle = title_of(nb, stem)
     toy = f" {TOY}" if is_model_run(run) and is_toy(run) else ""
-    source = f"[notebook]({repo}/results/{run.name}/notebooks/{stem}.ipynb)"
-    return f"# {title}\n\n{{.nb-subtitle}}\n{subtitle}\n\nRun [{run.name}](/results/{run.name}/index.md), {source}.{toy}"
+    source = f"[notebook]({repo}/results/{quote(run.name)}/notebooks/{quote(stem)}.ipynb)"
+    return f"# {title}\n\n{{.nb-subtitle}}\n{subtitle}\n\nRun [{line(run.name)}](/results/{place(run.name)}/index.md), {source}.{toy}"
 
 
 def readable(path: Path, run: Run, repo: str) -> dict:
@@ -110,7 +132,7 @@ def output(run: Run, stem: str, kind: str) -> str:
     cells = nbformat.read(path, as_version=4).cells if path.exists() else []
     shown = [o.data for c in cells for o in c.get("outputs", []) if "data" in o]
     found = [data["text/html"] for data in shown if data.get("text/plain", "").startswith(f"{kind}(")]
-    return f"```{{raw}} html\n{found[-1]}\n```\n" if found else ""
+    return raw(found[-1]) if found and not acts(found[-1]) else ""
 
 
 def listed(run: Run, notebooks: list[Path]) -> str:
@@ -126,31 +148,33 @@ def listed(run: Run, notebooks: list[Path]) -> str:
 def run_page(run: Run, notebooks: list[Path]) -> str:
     "The front page of a run: what came out, what it is, its notebooks, where its numbers come from."
     seen = output(run, "t1_glue", "Picture") + output(run, "t1_glue", "Findings")
-    lead = f"```{{raw}} html\n{lead_html(run)}\n```\n{seen}" if is_model_run(run) else ""
+    lead = f"{raw(lead_html(run))}{seen}" if is_model_run(run) else ""
+    said, made = raw(f"<p>{html.escape(about(run))}</p>"), raw(f'<div class="provenance">{provenance_html(run)}</div>')
     names = "\n".join(f"notebooks/{p.stem}" for p in notebooks)
-    return (f"# {run.name}\n\n{about(run)}\n\n{lead}\n{listed(run, notebooks)}\n## Provenance\n\n```{{raw}} html\n"
-            f'<div class="provenance">{provenance_html(run)}</div>\n```\n\n```{{toctree}}\n:hidden:\n\n{names}\n```\n')
+    return (f"# {line(run.name)}\n\n{said}\n{lead}\n{listed(run, notebooks)}\n## Provenance\n\n{made}\n"
+            f"```{{toctree}}\n:hidden:\n\n{names}\n```\n")
 
 
 def lay_out_run(folder: Path, stage: Path, extra: Path, repo: str) -> None:
     "Write the pages of one committed run under `stage`, and its pages of examples, which stand for themselves, under `extra`."
-    run, target = Run(folder), stage / "results" / folder.name
+    run, target = Run(folder), stage / "results" / place(folder.name)
     notebooks = sorted((folder / "notebooks").glob("*.ipynb"), key=order)
     (target / "notebooks").mkdir(parents=True)
     for path in notebooks:
         (target / "notebooks" / path.name).write_text(json.dumps(readable(path, run, repo)), encoding="utf-8")
     (target / "index.md").write_text(run_page(run, notebooks), encoding="utf-8")
     for page in (folder / "tables").glob("*_browser.html"):
-        (extra / "results" / folder.name / "tables").mkdir(parents=True, exist_ok=True)
-        shutil.copy(page, extra / "results" / folder.name / "tables")
+        beside = extra / "results" / place(folder.name) / "tables"
+        beside.mkdir(parents=True, exist_ok=True)
+        shutil.copy(page, beside)
 
 
 def overview(runs: list[Run]) -> str:
     "The page that every result starts from: what was run, side by side."
     compared = [run for run in runs if is_model_run(run)]
-    listed = "".join(f"- [{run.name}]({run.name}/index.md): {about(run)}\n" for run in runs)
-    names = "\n".join(f"{run.name}/index" for run in runs)
-    return (f"# Results\n\n{ABOUT}\n{summary_markdown(compared)}\n{listed}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n")
+    listed = "".join(f"- [{line(run.name)}]({place(run.name)}/index.md): {line(about(run))}\n" for run in runs)
+    names = "\n".join(f"{place(run.name)}/index" for run in runs)
+    return (f"# Results\n\n{ABOUT}\n{summary_markdown(compared) if compared else ''}\n{listed}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n")
 
 
 def lay_out(results: Path, stage: Path, extra: Path, repo: str) -> None:

@@ -99,7 +99,8 @@ def test_any_text_stays_inside_its_cell(texts):
 
 def test_nothing_is_fetched_and_the_policy_names_the_script():
     page = browser_page("t", made(["a"]), tagged(1, "negation"))
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|\bsrc=|\bhref=|\son[a-z]+=", page.replace(SCRIPT, ""))
+    ours = re.sub("'sha256-[^']+'", "", page.replace(SCRIPT, ""))  # a hash may hold any letters
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|\bsrc=|\bhref=|\son[a-z]+=", ours)
     assert not re.search(r"fetch|XMLHttp|import\(|innerHTML|document\.write|eval", SCRIPT)
     (policy,) = [v for k, v in Page(page).attributes if k == "content" and "default-src" in v]
     style = re.search("<style>(.*?)</style>", page, re.S)[1]
