@@ -58,7 +58,7 @@ def reproduce(
     folder = workflow.run_folder(settings, run)
     typer.echo(str(workflow.prepare(settings, folder).folder if prepare else workflow.reproduce(settings, folder, cores)))
 
-# %% ../nbs/lib/17_cli.ipynb #57bfd220
+# %% ../nbs/lib/17_cli.ipynb #ec9f1784
 @app.command()
 def notebook(
     name: Annotated[str, typer.Argument(help="Name of a job, such as t1_glue.")],
@@ -116,7 +116,7 @@ def show_scores(
     scores = {k: v for k, v in metrics.items() if k != "best_step"}  # a number of updates
     show(pd.DataFrame([(k, f"{100 * v:.1f}") for k, v in scores.items()], columns=["metric", "x 100"]), f"{task}, {n} examples")
 
-# %% ../nbs/lib/17_cli.ipynb #4a801ec0
+# %% ../nbs/lib/17_cli.ipynb #97de182c
 @app.command()
 def finetune(
     model: Annotated[Path, typer.Option(help="Folder of a BERT or DistilBERT.")],
@@ -134,14 +134,14 @@ def finetune(
 
     settings = workflow.resolve("sanh2019", data=data, sets=tuple(sets or ()))
     tokenizer = own_tokenizer(model)
-    soft = soft_targets(settings.second, teacher, task, len(tokenizer)) if teacher else None
+    soft = soft_targets(settings.second, teacher, task, tokenizer) if teacher else None
     with workflow.bar(f"{task}, seed {seed}") as told:
         tuned = tune_on(task, model, settings.data, tokenizer, finetune_for(settings, task), seed, soft, told)
     save_model(tuned.model, tokenizer, out)
     tuned.predictions.to_parquet(out / "predictions.parquet", index=False)
     show_scores(task, len(tuned.predictions), tuned.metrics)
 
-# %% ../nbs/lib/17_cli.ipynb #9ff4fff9
+# %% ../nbs/lib/17_cli.ipynb #51d1296c
 @app.command()
 def evaluate(
     task: Annotated[str, typer.Argument(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb or squad.")],

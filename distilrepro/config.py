@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'Fraction', 'Positive', 'Weight', 'Count', 'TaskName', 'Seeds', 'FormName', 'JOB_WEIGHT', 'UserError',
-           'unknown', 'Section', 'Data', 'Mask', 'Loop', 'Teacher', 'Student', 'Loss', 'Finetune', 'Grid', 'Speed',
-           'SecondDistillation', 'Ablation', 'ZeroShot', 'Forms', 'Settings', 'merge', 'preset_names', 'read_preset',
-           'override', 'fields_at', 'explain', 'finetune_for', 'ablation_settings', 'seeds_for', 'load_settings',
-           'job_groups']
+           'unknown', 'brief', 'some', 'reason', 'Section', 'Data', 'Mask', 'Loop', 'Teacher', 'Student', 'Loss',
+           'Finetune', 'Grid', 'Speed', 'SecondDistillation', 'Ablation', 'ZeroShot', 'Forms', 'Settings', 'merge',
+           'preset_names', 'read_preset', 'override', 'fields_at', 'explain', 'finetune_for', 'ablation_settings',
+           'seeds_for', 'load_settings', 'job_groups']
 
 # %% ../nbs/lib/01_config.ipynb #13272bca
 import copy
@@ -36,6 +36,32 @@ def unknown(
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return UserError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")
+
+# %% ../nbs/lib/01_config.ipynb #61e28e28
+def brief(
+    value: object,  # to be quoted in an error
+    most: int = 80,  # characters
+) -> str:
+    "Quote a value, cut where it is long."
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def some(
+    names,  # of what there is
+    most: int = 10,
+) -> str:
+    "List names, the first of them where they are many."
+    names = [str(n) for n in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def reason(
+    error: BaseException,  # of another library
+) -> str:
+    "Say in one line why something failed."
+    text = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 # %% ../nbs/lib/01_config.ipynb #2668b693
 QUIET = {
@@ -362,7 +388,7 @@ def finetune_for(
     except ValidationError as e:
         raise UserError(f"finetune.tasks.{task}: {explain(e, Finetune)}") from None
 
-# %% ../nbs/lib/01_config.ipynb #177568ce
+# %% ../nbs/lib/01_config.ipynb #7131b69f
 def ablation_settings(
     settings: Settings,
     name: str,  # one of `ablation.students`

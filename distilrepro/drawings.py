@@ -7,7 +7,7 @@ __all__ = ['PLACES', 'COLUMNS', 'WIDTH', 'HEIGHT', 'model_sizes', 'own_sizes', '
            'sizes_table', 'teacher_depth', 'copied_layers', 'layer_heights', 'draw_stacks', 'draw_ends', 'loss_texts',
            'draw_losses', 'method_figure', 'describe_method']
 
-# %% ../nbs/lib/15f_drawings.ipynb #ac903eeb
+# %% ../nbs/lib/15f_drawings.ipynb #2a406760
 from datetime import datetime
 from typing import Any
 
@@ -20,8 +20,9 @@ from transformers import BertConfig
 
 from .config import Settings, UserError
 from .figures import GREY
+from .loading import model_folder
 from .records import Run, read_records
-from .student import layer_map, model_folder
+from .student import layer_map
 from .tables import COLOURS, Table, command, is_toy, number, reference, speed_values
 
 # %% ../nbs/lib/15f_drawings.ipynb #127dfec7
@@ -52,7 +53,7 @@ def own_sizes(
         for m in ("teacher", "student") if (m, "parameters") in values.index
     ]
 
-# %% ../nbs/lib/15f_drawings.ipynb #a4bf6445
+# %% ../nbs/lib/15f_drawings.ipynb #cac5cf1c
 PLACES = [(d * x, d * y, h, v) for d in (7, 13, 20) for x, y, h, v in (
     (1, 0, "left", "center"), (-1, 0, "right", "center"), (0, 1, "center", "bottom"), (0, -1, "center", "top"),
     (0.7, 0.9, "left", "bottom"), (0.7, -0.9, "left", "top"), (-0.7, 0.9, "right", "bottom"), (-0.7, -0.9, "right", "top"))]
@@ -77,7 +78,7 @@ def name_marks(
         taken.append(box)
     return taken
 
-# %% ../nbs/lib/15f_drawings.ipynb #e62bfe09
+# %% ../nbs/lib/15f_drawings.ipynb #fa5ff2a0
 def sizes_figure(
     run: Run,
 ) -> Figure:
