@@ -142,7 +142,7 @@ def check_tensors(
     if said:
         raise UserError(f"{path} {' and '.join(said)}; expected {wanted}")
 
-
+# %% ../nbs/lib/06b_loading.ipynb #5dda9292
 def load_model(
     kind: Any,  # a class with `from_pretrained`, such as `BertForMaskedLM` or `AutoModelForSequenceClassification`
     path: str | Path,  # folder, hub id, or `package:NAME`
