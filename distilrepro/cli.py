@@ -119,7 +119,7 @@ def show_scores(
     scores = {k: v for k, v in metrics.items() if k != "best_step"}  # a number of updates
     show(pd.DataFrame([(k, f"{100 * v:.1f}") for k, v in scores.items()], columns=["metric", "x 100"]), f"{task}, {n} examples")
 
-# %% ../nbs/lib/17_cli.ipynb #4a801ec0
+# %% ../nbs/lib/17_cli.ipynb #97de182c
 @app.command()
 def finetune(
     model: Annotated[Path, typer.Option(help="Folder of a BERT or DistilBERT.")],
@@ -137,7 +137,7 @@ def finetune(
 
     settings = workflow.resolve("sanh2019", data=data, sets=tuple(sets or ()))
     tokenizer = own_tokenizer(model)
-    soft = soft_targets(settings.second, teacher, task, len(tokenizer)) if teacher else None
+    soft = soft_targets(settings.second, teacher, task, tokenizer) if teacher else None
     with workflow.bar(f"{task}, seed {seed}") as told:
         tuned = tune_on(task, model, settings.data, tokenizer, finetune_for(settings, task), seed, soft, told)
     save_model(tuned.model, tokenizer, out)

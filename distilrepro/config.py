@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'Fraction', 'Positive', 'Weight', 'Count', 'TaskName', 'Seeds', 'FormName', 'JOB_WEIGHT', 'UserError',
-           'Interrupted', 'unknown', 'visible', 'markdown', 'Section', 'Data', 'Mask', 'Loop', 'Teacher', 'Student',
-           'Loss', 'Finetune', 'Grid', 'Speed', 'SecondDistillation', 'Ablation', 'ZeroShot', 'Forms', 'Settings',
-           'merge', 'preset_names', 'read_preset', 'override', 'fields_at', 'explain', 'finetune_for',
-           'ablation_settings', 'seeds_for', 'load_settings', 'job_groups']
+           'Interrupted', 'unknown', 'visible', 'markdown', 'brief', 'some', 'reason', 'Section', 'Data', 'Mask',
+           'Loop', 'Teacher', 'Student', 'Loss', 'Finetune', 'Grid', 'Speed', 'SecondDistillation', 'Ablation',
+           'ZeroShot', 'Forms', 'Settings', 'merge', 'preset_names', 'read_preset', 'override', 'fields_at', 'explain',
+           'finetune_for', 'ablation_settings', 'seeds_for', 'load_settings', 'job_groups']
 
-# %% ../nbs/lib/01_config.ipynb #13272bca
+# %% ../nbs/lib/01_config.ipynb #9f83b469
 import copy
 import difflib
 import hashlib
@@ -43,7 +43,7 @@ def unknown(
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return UserError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")
 
-# %% ../nbs/lib/01_config.ipynb #bf4af441
+# %% ../nbs/lib/01_config.ipynb #45a1c638
 def _sign(found: re.Match) -> str:
     "Write a character as itself, or as a sign of itself where it is a control."
     code, kind = ord(found[0]), unicodedata.category(found[0])
@@ -64,6 +64,32 @@ def markdown(
 ) -> str:
     "Write a text so that Markdown shows it as it is: no link, no picture, no formula, no HTML."
     return re.sub(r"([\\`*<$|~]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|!(?=\[)|\](?=[(\[:{]))", r"\\\1", visible(text))
+
+# %% ../nbs/lib/01_config.ipynb #61e28e28
+def brief(
+    value: object,  # to be quoted in an error
+    most: int = 80,  # characters
+) -> str:
+    "Quote a value, cut where it is long."
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def some(
+    names,  # of what there is
+    most: int = 10,
+) -> str:
+    "List names, the first of them where they are many."
+    names = [str(n) for n in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def reason(
+    error: BaseException,  # of another library
+) -> str:
+    "Say in one line why something failed."
+    text = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 # %% ../nbs/lib/01_config.ipynb #2668b693
 QUIET = {

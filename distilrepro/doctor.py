@@ -6,19 +6,18 @@
 __all__ = ['SHARE', 'CORPUS_WORDS', 'TRAIN_SIZE', 'EVAL_SIZE', 'TEXT_WORDS', 'teacher_shape', 'tokens_seen', 'tuning_tokens',
            'work_of', 'found', 'doctor']
 
-# %% ../nbs/lib/16a_doctor.ipynb #67696109
-import json
+# %% ../nbs/lib/16a_doctor.ipynb #3fecff21
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 
 from .config import Loop, Settings, UserError, ablation_settings, finetune_for, seeds_for
+from .loading import check_folder, model_folder, read_object
 from .plan import jobs
 from .records import PACKAGES, hardware_card
 from .sources import HUB, RESPLIT, local_files
 from .speed import matrix_rate
-from .student import model_folder
 from .tasks import TASKS
 
 # %% ../nbs/lib/16a_doctor.ipynb #ac92833b
@@ -31,19 +30,21 @@ TRAIN_SIZE = {  # examples in the official training splits
 EVAL_SIZE = {name: task.eval_size for name, task in TASKS.items()} | {"squad": 10570}
 TEXT_WORDS = {"imdb": 240, "squad": 170}  # tokens of an example where they are not about 40
 
-# %% ../nbs/lib/16a_doctor.ipynb #2c5959b9
+# %% ../nbs/lib/16a_doctor.ipynb #793ab62f
 def teacher_shape(
     settings: Settings,
 ) -> dict[str, int]:  # width, layers, vocab
     "Read the teacher's shape from its folder where it has one, else take it from the settings."
     t = settings.teacher
-    file = Path(model_folder(t.path)) / "config.json" if t.path else Path()
-    if file.is_file():
-        c = json.loads(file.read_text(encoding="utf-8"))
-        return dict(width=c["hidden_size"], layers=c["num_hidden_layers"], vocab=c["vocab_size"])
-    return dict(width=t.width, layers=t.layers, vocab=700 if settings.data.source == "synthetic" else 30522)
+    try:
+        says = read_object(Path(model_folder(t.path)) / "config.json") if t.path else {}
+    except UserError:  # `found` says what is wrong with it
+        says = {}
+    stated = {k: v for k, v in says.items() if isinstance(v, int)}
+    vocab = stated.get("vocab_size", 700 if settings.data.source == "synthetic" else 30522)
+    return dict(width=stated.get("hidden_size", t.width), layers=stated.get("num_hidden_layers", t.layers), vocab=vocab)
 
-# %% ../nbs/lib/16a_doctor.ipynb #72fe6702
+# %% ../nbs/lib/16a_doctor.ipynb #d2345f61
 def tokens_seen(
     settings: Settings,
     loop: Loop,
@@ -55,7 +56,7 @@ def tokens_seen(
     in_updates = (loop.max_updates or 10**12) * loop.batch * loop.accumulation * min(data.max_len, 60)
     return min(size * loop.epochs, in_updates)
 
-# %% ../nbs/lib/16a_doctor.ipynb #795701d1
+# %% ../nbs/lib/16a_doctor.ipynb #463b6208
 def tuning_tokens(
     settings: Settings,
     tasks: tuple[str, ...],
@@ -63,8 +64,8 @@ def tuning_tokens(
     "Estimate the tokens of fine-tuning and evaluating a model."
     total = 0.0
     for task in tasks:
-        args, most = finetune_for(settings, task), 2000 if settings.data.source == "synthetic" else TRAIN_SIZE[task]
-        train, dev = min(args.max_train or most, most), min(args.max_eval or 10**9, EVAL_SIZE[task])
+        args, most = finetune_for(settings, task), 2000 if settings.data.source == "synthetic" else TRAIN_SIZE.get(task, 10_000)
+        train, dev = min(args.max_train or most, most), min(args.max_eval or 10**9, EVAL_SIZE.get(task, 1000))
         total += len(seeds_for(settings, task)) * min(args.max_len, TEXT_WORDS.get(task, 40)) * (3 * train + dev) * args.loop.epochs
     return total
 
@@ -85,7 +86,7 @@ def work_of(
         "ablation": sum(tokens_seen(a, a.distil) * step + tuning_tokens(a, a.grid.tasks) * layer * few for a in others),
     }
 
-# %% ../nbs/lib/16a_doctor.ipynb #fb0e976b
+# %% ../nbs/lib/16a_doctor.ipynb #5c1bcfef
 def found(
     settings: Settings,
 ) -> dict[str, str]:  # what -> where, or what is wrong with it
@@ -93,6 +94,8 @@ def found(
     out, data = {}, settings.data
     try:
         out["teacher"] = model_folder(settings.teacher.path) if settings.teacher.path else "a new BERT, trained in the run"
+        if Path(out["teacher"]).is_dir():
+            check_folder(Path(out["teacher"]), ("bert",))
     except UserError as e:
         out["teacher"] = f"missing: {e}"
     for name in dict.fromkeys([*data.corpus, data.heldout, *settings.grid.tasks]):

@@ -7,7 +7,7 @@ __all__ = ['PLACES', 'COLUMNS', 'WIDTH', 'HEIGHT', 'model_sizes', 'own_sizes', '
            'sizes_table', 'teacher_depth', 'copied_layers', 'layer_heights', 'draw_stacks', 'draw_ends', 'loss_texts',
            'draw_losses', 'method_figure', 'describe_method']
 
-# %% ../nbs/lib/15f_drawings.ipynb #dfdccb51
+# %% ../nbs/lib/15f_drawings.ipynb #2a406760
 from datetime import datetime
 from typing import Any
 
@@ -20,8 +20,9 @@ from transformers import BertConfig
 
 from .config import Settings, UserError
 from .figures import GREY
+from .loading import model_folder
 from .records import Run, read_records
-from .student import layer_map, model_folder
+from .student import layer_map
 from .tables import COLOURS, Table, command, is_toy, number, reference, speed_values
 
 # %% ../nbs/lib/15f_drawings.ipynb #127dfec7

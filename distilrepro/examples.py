@@ -6,7 +6,7 @@
 __all__ = ['TASKS_SHOWN', 'reported', 'known_words', 'own_examples', 'outputs', 'example_texts', 'truth_text', 'answer_text',
            'example_rows', 'examples_table']
 
-# %% ../nbs/lib/15g_examples.ipynb #e43eda1c
+# %% ../nbs/lib/15g_examples.ipynb #437f2e37
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from .config import UserError, finetune_for
 from .finetune import own_tokenizer, predict
+from .loading import load_model
 from .records import Run
 from .sources import load_split, raw_tokenizer
 from .squad import decode, encode_squad, load_reader, mark, predict_spans
@@ -60,7 +61,7 @@ def own_examples(
         return [max(rows, key=lambda r: r["label"]), min(rows, key=lambda r: r["label"])]
     return [next(r for r in rows if r["label"] == label) for label in (1, 0)]
 
-# %% ../nbs/lib/15g_examples.ipynb #7588982c
+# %% ../nbs/lib/15g_examples.ipynb #19eec7ed
 TASKS_SHOWN = ("cola", "stsb", "squad")
 
 
@@ -78,11 +79,11 @@ def outputs(
         windows = encode_squad(dataset, tokenizer, max_len)
         said = decode(predict_spans(load_reader(folder), windows, tokenizer.pad_token_id), windows, dataset)
         return [said[r["id"]] for r in rows]
-    model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+    model = load_model(AutoModelForSequenceClassification, folder, wanted=f"a model fine-tuned on {task}")
     logits = predict(model, encode(get_task(task), dataset, tokenizer, max_len), tokenizer.pad_token_id)
     return (softmax(logits.astype(float), axis=1)[:, 1] if task == "cola" else logits[:, 0]).tolist()
 
-# %% ../nbs/lib/15g_examples.ipynb #e79812fc
+# %% ../nbs/lib/15g_examples.ipynb #2653c870
 def example_texts(
     task: str,
     row: dict,

@@ -9,7 +9,7 @@ __all__ = ['Answer', 'INPUTS', 'INT8_FILE', 'ONNX_FILE', 'FORMS', 'padded_batche
            'no_int8', 'no_onnx', 'Form', 'open_form', 'parity', 'quality_rows', 'time_rows', 'open_and_answer',
            'size_rows', 'thread_counts', 'form_rows', 'forms_stage']
 
-# %% ../nbs/lib/13e_export.ipynb #5cdd639c
+# %% ../nbs/lib/13e_export.ipynb #b3877fca
 import importlib
 import itertools
 import logging
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as Int8Linear
@@ -33,10 +34,11 @@ from torch.ao.quantization import quantize_dynamic
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .config import Forms, UserError, finetune_for, unknown
+from .config import Forms, UserError, finetune_for, reason, unknown
 from .corpus import collate
 from .distill import threads as pinned_threads
 from .finetune import answer, measure, own_tokenizer, prediction_table, task_rows
+from .loading import load_model
 from .records import Run, atomic_folder, is_done, read_records, write_records
 from .speed import cpu_has_bf16, disk_mb, memory_growths, take_turns, time_inputs
 from .stages import model_hash, progress, tuned_folder, unit_key
@@ -73,18 +75,15 @@ def logits_of(
     said = np.concatenate([call(b).numpy() for b in batches])
     return said[np.argsort(order)]
 
-# %% ../nbs/lib/13e_export.ipynb #805a057e
+# %% ../nbs/lib/13e_export.ipynb #2374ce3e
 def stock_classifier(
     folder: Path,  # a fine-tuned BERT or DistilBERT
     attention: str = "sdpa",  # or `eager`
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:  # in eval mode, on the CPU
     "Load a fine-tuned classifier; raises `UserError` when it has no trained head."
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        folder, attn_implementation=attention, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        raise UserError(f"{folder} is not a fine-tuned classifier, it lacks {sorted(info['missing_keys'])[:2]}; fine-tune it first")
-    return model.eval()
+    load = AutoModelForSequenceClassification
+    return load_model(load, folder, wanted="a fine-tuned classifier", attn_implementation=attention, dtype=dtype)
 
 
 def torch_answer(
@@ -161,16 +160,20 @@ def int8_layer(
     layer.set_weight_bias(torch._make_per_tensor_quantized_tensor(weight, scale, 0), bias)
     return layer
 
-# %% ../nbs/lib/13e_export.ipynb #103e625b
+# %% ../nbs/lib/13e_export.ipynb #ae7a58df
 def open_int8(
     folder: Path,  # as `write_int8` fills it
     threads: int,  # not used: PyTorch's own number holds
 ) -> Answer:
     "Open an int8 model; the float32 weights are never in memory."
-    tensors = load_file(Path(folder) / INT8_FILE)
+    try:
+        tensors = load_file(Path(folder) / INT8_FILE)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"could not read {folder}/{INT8_FILE}: {reason(e)}; write the form anew") from None
     with no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder), attn_implementation="sdpa").eval()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa").eval()
         model.load_state_dict(tensors, strict=False, assign=True)  # what is float32, and biases
         for name in [k.removesuffix(".int8") for k in tensors if k.endswith(".int8")]:
             weight, scale, bias = (tensors[f"{name}.{k}"] for k in ("int8", "scale", "bias"))
@@ -345,7 +348,7 @@ def quality_rows(
         out += [dict(model=model, form=form, metric=k, value=v, n=len(rows)) for k, v in values.items()]
     return out
 
-# %% ../nbs/lib/13e_export.ipynb #6a9a122f
+# %% ../nbs/lib/13e_export.ipynb #b114457e
 def time_rows(
     rows: list[dict],  # encoded
     pad_id: int,
@@ -400,7 +403,7 @@ def size_rows(
         out += [dict(model=model, form=form, metric=k, value=v, unit="MB") for k, v in values.items()]
     return out
 
-# %% ../nbs/lib/13e_export.ipynb #fcf0101c
+# %% ../nbs/lib/13e_export.ipynb #71e78f5d
 def thread_counts(
     asked: tuple[int, ...],  # 0: all cores
 ) -> list[int]:

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'as_encoder', 'load_encoder', 'look_inside', 'entropy_bits',
            'held_out', 'student_stages', 'compare_stages', 'stage_table', 'heads_figure', 'layers_figure',
            'likeness_sentences']
 
-# %% ../nbs/lib/14b_likeness.ipynb #dd9fcd39
+# %% ../nbs/lib/14b_likeness.ipynb #ae452c40
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -22,19 +22,20 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from safetensors.torch import load_model
+from safetensors.torch import load_model as read_weights
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoModel, PreTrainedModel
 
 from .attention import INK
 from .config import UserError
 from .corpus import TokenStore
+from .loading import load_model
 from .records import Run, read_records
 from .speed import as_inputs
 from .stats import interval, mean, two_way_bootstrap
 from .student import layer_map, load_teacher, student_from
 
-# %% ../nbs/lib/14b_likeness.ipynb #445c8f4d
+# %% ../nbs/lib/14b_likeness.ipynb #a103a2a5
 def as_encoder(
     model: PreTrainedModel,  # a `transformers` model, with or without a head
 ) -> PreTrainedModel:  # its encoder, in eval mode, with attention that can be looked at
@@ -48,13 +49,7 @@ def load_encoder(
     folder: Path,  # saved by `save_pretrained`
 ) -> PreTrainedModel:
     "Load the encoder of a saved model; raises `UserError` where there is none or tensors are missing."
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"no model in {folder}; expected a folder written by save_pretrained; run the stage that makes it first")
-    model, info = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
-    if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing[:3])}; expected a whole encoder")
-    return as_encoder(model)
+    return as_encoder(load_model(AutoModel, folder, ("pooler.",), "a whole encoder"))
 
 
 @torch.inference_mode()
@@ -69,7 +64,7 @@ def look_inside(
     out = encoder(**as_inputs(encoder, {"input_ids": ids}), output_attentions=True, output_hidden_states=True)
     return torch.cat(out.attentions), torch.cat(out.hidden_states)
 
-# %% ../nbs/lib/14b_likeness.ipynb #cdba3f47
+# %% ../nbs/lib/14b_likeness.ipynb #b1c1cfd0
 def entropy_bits(
     p: torch.Tensor,  # [..., l] distributions
 ) -> torch.Tensor:  # [...]
@@ -155,7 +150,7 @@ class Products:
         outer = [(a[..., :, None] @ b[..., None, :]) / self.n for a, b in ((sx, sx), (sy, sy), (sx[:, None], sy[None]))]
         return xx - outer[0], yy - outer[1], xy - outer[2]
 
-# %% ../nbs/lib/14b_likeness.ipynb #21dc44cc
+# %% ../nbs/lib/14b_likeness.ipynb #b5804615
 def linear_cka(
     products: Products,
 ) -> tuple[np.ndarray, np.ndarray]:  # CKA and its chance level, [student layers, teacher layers]; NaN for features that never vary
@@ -167,7 +162,7 @@ def linear_cka(
     cka, shuffled = (torch.where(below > 0, v / below, torch.nan).numpy() for v in (xy.norm(dim=(2, 3)) ** 2, chance))
     return cka, shuffled
 
-# %% ../nbs/lib/14b_likeness.ipynb #d4f1c2f2
+# %% ../nbs/lib/14b_likeness.ipynb #8a9ae491
 def stream_products(
     student: PreTrainedModel,  # encoder
     teacher: PreTrainedModel,  # encoder
@@ -176,7 +171,7 @@ def stream_products(
     "Sum the products of all layers of two models over some text."
     return reduce(add, (Products(look_inside(student, ids)[1], look_inside(teacher, ids)[1]) for ids in sequences))
 
-# %% ../nbs/lib/14b_likeness.ipynb #b54540cd
+# %% ../nbs/lib/14b_likeness.ipynb #2ab64f2d
 @dataclass(frozen=True)
 class Likeness:
     "How alike a student is to its teacher inside."
@@ -207,7 +202,7 @@ def compare_inside(
     halves = linear_cka(parts[0])[0], linear_cka(parts[1])[0]
     return Likeness(chosen, divergences, heads, *linear_cka(total), halves, total.n)
 
-# %% ../nbs/lib/14b_likeness.ipynb #ae24af85
+# %% ../nbs/lib/14b_likeness.ipynb #ff9ca418
 def held_out(
     run: Run,
     count: int,  # sequences
@@ -234,11 +229,11 @@ def student_stages(
         step = int(folder.name.removeprefix("step-"))
         if step < end:
             student = student_from(teacher, s)[0]
-            load_model(student, str(folder / "model.safetensors"))
+            read_weights(student, str(folder / "model.safetensors"))
             yield "on the way", step, as_encoder(student)
     yield "distilled", end, load_encoder(checkpoints / "student")
 
-# %% ../nbs/lib/14b_likeness.ipynb #8690b0c3
+# %% ../nbs/lib/14b_likeness.ipynb #6276394c
 def compare_stages(
     run: Run,
     stages: Iterator[tuple[str, float, PreTrainedModel]],  # as `student_stages` yields them

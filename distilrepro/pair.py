@@ -6,7 +6,7 @@
 __all__ = ['load_eager', 'shared_tokenizer', 'read_texts', 'probabilities', 'stored_answers', 'check_model', 'Pair',
            'pair_folders', 'load_pair', 'state_case']
 
-# %% ../nbs/lib/13z_pair.ipynb #33616bab
+# %% ../nbs/lib/13z_pair.ipynb #ceacfed3
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,23 +17,19 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from .config import Data, UserError, finetune_for, unknown, visible
 from .finetune import evaluate_model, own_tokenizer, predict, prediction_table, task_rows
+from .loading import load_model
 from .records import Run, read_predictions
 from .sources import load_split, raw_tokenizer
 from .stages import tuned_folder
 from .tasks import Task, get_task, number_rows
 
-# %% ../nbs/lib/13z_pair.ipynb #d98636e8
+# %% ../nbs/lib/13z_pair.ipynb #638f2878
 def load_eager(
     folder: Path,  # a fine-tuned classifier, saved by `save_pretrained`
 ) -> PreTrainedModel:  # on the CPU, in eval mode, with attention that can be looked at
     "Load a classifier to look inside; raises `UserError` where there is none or its head was never trained."
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"no model in {folder}; expected a fine-tuned classifier; run the fine-tuning stage of its task first")
-    load = AutoModelForSequenceClassification.from_pretrained
-    model, info = load(folder, attn_implementation="eager", local_files_only=True, output_loading_info=True)
-    if info["missing_keys"]:
-        raise UserError(f"{folder} lacks {', '.join(sorted(info['missing_keys']))}; expected a fine-tuned classifier, not another model")
-    return model.eval()
+    load = AutoModelForSequenceClassification
+    return load_model(load, folder, wanted="a fine-tuned classifier", attn_implementation="eager")
 
 # %% ../nbs/lib/13z_pair.ipynb #d66c2688
 def shared_tokenizer(
@@ -68,7 +64,7 @@ def probabilities(
     logits = predictions[[f"logit_{c}" for c in range(classes)]].to_numpy(float)
     return softmax(logits, axis=1)
 
-# %% ../nbs/lib/13z_pair.ipynb #f5d322da
+# %% ../nbs/lib/13z_pair.ipynb #53856e89
 def stored_answers(
     run: Run,
     model: str,  # `teacher` or `student`
@@ -145,7 +141,7 @@ def load_pair(
             check_model(models[name], job, rows, answers[name], tokenizer.pad_token_id)
     return Pair(job, folders, answers, rows, read_texts(run.settings.data, job, [r["id"] for r in rows]), tokenizer)
 
-# %% ../nbs/lib/13z_pair.ipynb #16431126
+# %% ../nbs/lib/13z_pair.ipynb #5bbceb01
 def state_case(
     pair: Pair,  # of a task with classes
     chosen: int,  # id of the example

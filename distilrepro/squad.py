@@ -7,9 +7,9 @@ __all__ = ['COLUMNS', 'STEP', 'QUERY', 'LOW', 'N_BEST', 'LONGEST', 'ARTICLES', '
            'check_squad', 'squad_rows', 'window_starts', 'answer_tokens', 'cut_windows', 'encode_squad', 'load_reader',
            'span_logits', 'squad_objective', 'predict_spans', 'best_spans', 'decode', 'normalise', 'word_f1', 'mark',
            'squad_table', 'squad_metrics', 'golds_of', 'squad_floor', 'answer_table', 'measure_squad', 'squad_windows',
-           'finetune_squad', 'evaluate_squad', 'load_predictions']
+           'finetune_squad', 'evaluate_squad']
 
-# %% ../nbs/lib/11a_squad.ipynb #ed5e66b8
+# %% ../nbs/lib/11a_squad.ipynb #a72bdbc8
 import json
 import re
 import string
@@ -25,13 +25,14 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerFast
 
-from .config import Data, Finetune, UserError
+from .config import Data, Finetune, UserError, brief, some
 from .distill import Objective, pick_device, threads
 from .finetune import LabelledBatch, SoftTargets, Tuned, answer, check_teacher, labelled_batch, own_tokenizer, tune
+from .loading import HEADS, check_length, load_model
 from .losses import soft_ce
 from .sources import load_split, raw_tokenizer
 
-# %% ../nbs/lib/11a_squad.ipynb #e9ff6e2a
+# %% ../nbs/lib/11a_squad.ipynb #9a0bab0b
 COLUMNS = ("id", "context", "question", "answers")
 
 
@@ -44,13 +45,16 @@ def row_fault(
     if not all(isinstance(t, str) and t.strip() for t in (context, question)):
         return "has an empty context or question; expected text"
     if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
-        return f"has answers {answers!r}; expected a mapping of text and answer_start to lists"
-    if not answers["text"] or len(answers["text"]) != len(answers["answer_start"]):
+        return f"has answers {brief(answers)}; expected a mapping of text and answer_start to lists"
+    texts, places = answers["text"], answers["answer_start"]
+    if not (isinstance(texts, list) and isinstance(places, list) and 0 < len(texts) == len(places)):
         return "has no answer, or not one offset for each; SQuAD 1.1 answers every question (SQuAD 2.0 does not and cannot be used)"
-    for text, at in zip(answers["text"], answers["answer_start"], strict=True):
+    for text, at in zip(texts, places, strict=True):
+        if not (isinstance(text, str) and isinstance(at, int)):
+            return f"has the answer {brief(text)} at {brief(at)}; expected a text and a whole number"
         there = context[at : at + len(text)] if at >= 0 else ""
         if not text.strip() or there != text:
-            return f"has the answer {text!r} at {at}, where its context has {there!r}; correct the offset"
+            return f"has the answer {brief(text)} at {at}, where its context has {brief(there)}; correct the offset"
     return ""
 
 
@@ -60,12 +64,13 @@ def check_squad(
     "Check columns, texts, ids and offsets of a split; raises `UserError` that names the first bad row."
     missing = [c for c in COLUMNS if c not in dataset.column_names]
     if missing or not len(dataset):
-        raise UserError(f"squad: {len(dataset)} rows with {', '.join(dataset.column_names)}; expected rows with {', '.join(COLUMNS)}")
+        raise UserError(f"squad: {len(dataset)} rows with {some(dataset.column_names)}; expected rows with {', '.join(COLUMNS)}")
     seen: dict[str, int] = {}
     for i, (key, *rest) in enumerate(zip(*(dataset[c][:] for c in COLUMNS), strict=True)):
-        fault = row_fault(*rest) or (f"repeats the id of row {seen[key]}; give each question its own" if key in seen else "")
-        if fault:
-            raise UserError(f"squad: row {i} (id {key}) {fault}")
+        fault = row_fault(*rest) if isinstance(key, str) else "has an id that is no text"
+        if fault or key in seen:
+            again = f"repeats the id of row {seen.get(key)}; give each question its own"
+            raise UserError(f"squad: row {i} (id {key if isinstance(key, str) else brief(key)}) {fault or again}")
         seen[key] = i
 
 # %% ../nbs/lib/11a_squad.ipynb #e9f2ea9f
@@ -143,7 +148,7 @@ def encode_squad(
         out += [w | {"row": i} for w in cut_windows(specials, query.ids, contexts[text], span, max_len)]
     return out
 
-# %% ../nbs/lib/11a_squad.ipynb #c04b1d6f
+# %% ../nbs/lib/11a_squad.ipynb #3907226b
 def load_reader(
     folder: Path,  # a BERT or DistilBERT
     seed: int | None = None,  # of the new head; None: the checkpoint must have a head
@@ -151,15 +156,10 @@ def load_reader(
     "Load an encoder under a span head; raises `UserError` when other tensors are missing (B17)."
     if seed is not None:
         torch.manual_seed(seed)
-    model, info = AutoModelForQuestionAnswering.from_pretrained(folder, num_labels=2, use_safetensors=True, output_loading_info=True)
-    missing = sorted(k for k in info["missing_keys"] if seed is None or not k.startswith("qa_outputs."))
-    if missing or info["mismatched_keys"]:
-        what = f"{missing[:3]} {sorted(info['mismatched_keys'])[:3]}"
-        whole = "a whole checkpoint" if seed is not None else "a model that was fine-tuned on SQuAD"
-        raise UserError(f"{folder} lacks tensors: {what}; give {whole}")
-    return model.eval()
+    new, wanted = ((), "a model that was fine-tuned on SQuAD") if seed is None else (HEADS, "a whole encoder")
+    return load_model(AutoModelForQuestionAnswering, folder, new, wanted, num_labels=2)
 
-# %% ../nbs/lib/11a_squad.ipynb #a783193e
+# %% ../nbs/lib/11a_squad.ipynb #7b5d8771
 LOW = -1e9  # logit of padding
 
 
@@ -180,8 +180,9 @@ def squad_objective(
     soft: SoftTargets | None = None,  # a second distillation
 ) -> Objective:
     "Cross-entropy of start and end, with soft targets if somebody gives them; the teacher stays in eval mode and out of the gradient."
+    check_length(model, rows)
     if soft:
-        soft.teacher.eval().to(pick_device())
+        check_length(soft.teacher.eval().to(pick_device()), rows)
     def make(windows, epoch, number): return labelled_batch([rows[i] for i in windows], pad_id)
     def loss(batch, counts):
         said = span_logits(model, batch).flatten(0, 1)  # start and end of each window are rows of their own
@@ -194,7 +195,7 @@ def squad_objective(
         return soft.alpha_ce * kl + soft.alpha_task * hard, {"soft": kl.detach(), "task": hard.detach()}
     return Objective(np.array([len(r["input_ids"]) for r in rows]), make, loss)
 
-# %% ../nbs/lib/11a_squad.ipynb #d63e22f7
+# %% ../nbs/lib/11a_squad.ipynb #9ca5d14a
 @torch.inference_mode()
 def predict_spans(
     model: PreTrainedModel,
@@ -203,14 +204,16 @@ def predict_spans(
     batch: int = 32,  # windows
     bf16: bool = False,
 ) -> np.ndarray:  # float32 [2, windows, c]: start and end logits of the context's tokens, -inf after the last
-    "Run a model over windows in batches of like length."
-    model.eval().to(pick_device())
+    "Run a model over windows in batches of like length; raises `RuntimeError` where it says what is no number."
+    check_length(model.eval().to(pick_device()), rows)
     order = np.argsort([len(r["input_ids"]) for r in rows], kind="stable")
-    out = np.full((2, len(rows), max(len(r["offsets"]) for r in rows)), -np.inf, np.float32)
+    out = np.full((2, len(rows), max(1, *(len(r["offsets"]) for r in rows))), -np.inf, np.float32)
     for at in range(0, len(rows), batch):
         part = order[at : at + batch]
         with torch.autocast(pick_device().type, torch.bfloat16, enabled=bf16):
             said = span_logits(model, labelled_batch([rows[i] for i in part], pad_id)).cpu().numpy()
+        if not np.isfinite(said).all():
+            raise RuntimeError(f"the model's answers are no numbers, such as to question {rows[part[0]]['row']}; fine-tune it again")
         for i, logits_2l in zip(part, said, strict=True):
             first, n = rows[i]["first"], len(rows[i]["offsets"])
             out[:, i, :n] = logits_2l[:, first : first + n]
@@ -280,7 +283,7 @@ def mark(
     golds = list(dict.fromkeys(golds))
     return float(normalise(prediction) in map(normalise, golds)), max(word_f1(prediction, g) for g in golds)
 
-# %% ../nbs/lib/11a_squad.ipynb #fe677eaa
+# %% ../nbs/lib/11a_squad.ipynb #0bbb2c8f
 def squad_table(
     predictions: dict[str, str],  # id -> text
     golds: dict[str, list[str]],  # id -> answers
@@ -288,7 +291,7 @@ def squad_table(
     "Mark every question; raises `UserError` for missing or unknown ids."
     for kind, odd in (("missing", golds.keys() - predictions), ("unknown", predictions.keys() - golds)):
         if odd:
-            first = ", ".join(sorted(odd)[:3])
+            first = ", ".join(i[:80] for i in sorted(odd)[:3])
             raise UserError(f"squad: {kind} ids: {len(odd)}, such as {first}; give one answer for each of the {len(golds)} questions")
     marks = [mark(predictions[i], g) for i, g in golds.items()]
     table = pd.DataFrame({"id": list(golds), "label": [json.dumps(g, ensure_ascii=False) for g in golds.values()]})
@@ -321,7 +324,7 @@ def squad_floor(
     contexts, golds = {i: c.split() for i, c in zip(dataset["id"][:], dataset["context"][:], strict=True)}, golds_of(dataset)
     return max(squad_metrics({i: " ".join(c[:n]) for i, c in contexts.items()}, golds)["f1"] for n in FIRST)
 
-# %% ../nbs/lib/11a_squad.ipynb #05a3aed8
+# %% ../nbs/lib/11a_squad.ipynb #5fffcc27
 def answer_table(
     model: PreTrainedModel,
     rows: list[dict],  # windows
@@ -387,21 +390,3 @@ def evaluate_squad(
     held, windows = squad_windows(data, "validation", args.max_eval, tokenizer, args.max_len)
     table = answer_table(model, windows, held, tokenizer.pad_token_id)
     return table, measure_squad(table, squad_floor(held))
-
-# %% ../nbs/lib/11a_squad.ipynb #3130d14d
-def load_predictions(
-    path: Path,  # a JSON file
-) -> dict[str, str]:  # id -> text
-    "Read predictions in the official form; raises `UserError` for a file that is missing or holds anything else."
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"could not read {path}: {e.strerror}; give the JSON file with the predictions") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON: {e}; expected one mapping of question ids to texts") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}; expected one mapping of question ids to texts")
-    odd = [k for k, v in found.items() if not isinstance(v, str)]
-    if odd:
-        raise UserError(f"{path}: {len(odd)} answers are no text, the first is {found[odd[0]]!r} of id {odd[0]}; expected texts")
-    return found

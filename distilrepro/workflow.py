@@ -6,7 +6,7 @@
 __all__ = ['ERRORS', 'has_bf16', 'for_machine', 'resolve', 'run_folder', 'bars', 'bar', 'running', 'executed', 'watch',
            'first_error', 'prepare', 'reproduce', 'lay_out_text', 'distil', 'fetch', 'portable_notebook', 'publish']
 
-# %% ../nbs/lib/16_workflow.ipynb #168c2369
+# %% ../nbs/lib/16_workflow.ipynb #28b834bb
 import html
 import json
 import os
@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from glob import glob
 from pathlib import Path
 
 import nbformat
@@ -30,15 +29,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .config import Interrupted, Settings, UserError, load_settings, unknown
+from .loading import check_folder, model_folder
 from .plan import Job, checkout, jobs, places, write_keys
 from .records import Run, create_run, locked, write_atomic
 from .repair import mend
 from .report import EXPECTED
 from .signals import stop
-from .sources import HUB, RESPLIT
+from .sources import HUB, RESPLIT, open_text, text_files
 from .speed import cpu_has_bf16
 from .stages import distil_stage, teacher_stage
-from .student import model_folder
 
 # %% ../nbs/lib/16_workflow.ipynb #e609748d
 def has_bf16() -> bool:
@@ -211,13 +210,13 @@ def reproduce(
             raise first_error(run)
         return run.folder / "report.html"
 
-# %% ../nbs/lib/16_workflow.ipynb #27220793
+# %% ../nbs/lib/16_workflow.ipynb #a9d5625e
 def lay_out_text(
     patterns: tuple[str, ...],  # files or globs
     folder: Path,  # receives `text/train.parquet` and `text/validation.parquet`
 ) -> int:  # lines
     "Lay text files out as the local layout, every fiftieth line held out; raises `UserError` when no file matches or all are empty."
-    files = sorted({f for p in patterns for f in glob(p, recursive=True) if Path(f).is_file()})
+    files = sorted({f for p in patterns for f in text_files(p)})
     if not files:
         raise UserError(f"no file matches {' '.join(patterns)}; give text files, one or a few sentences a line, such as \"corpus/*.txt\"")
     lines = 0
@@ -226,7 +225,7 @@ def lay_out_text(
     paths = [folder / "text" / f"{split}.parquet" for split in ("train", "validation")]
     with pq.ParquetWriter(paths[0], schema) as train, pq.ParquetWriter(paths[1], schema) as held:
         for file in files:
-            with open(file, encoding="utf-8-sig", errors="replace") as f:
+            with open_text(file) as f:
                 while block := [line.strip() for line in f.readlines(1 << 22)]:
                     block = [line for line in block if line]
                     lines += len(block)
@@ -236,7 +235,7 @@ def lay_out_text(
         raise UserError(f"the files {' '.join(patterns)} hold no text")
     return lines
 
-# %% ../nbs/lib/16_workflow.ipynb #987e2e23
+# %% ../nbs/lib/16_workflow.ipynb #4e1314ca
 def distil(
     teacher: str,  # folder or hub id of a BERT
     text: tuple[str, ...],  # files or globs
@@ -248,7 +247,8 @@ def distil(
     if not out.name or out.is_file():
         raise UserError(f"the student cannot be saved as {out}; give a folder of its own (--out DIR)")
     folder = out.with_name(out.name + "-run")
-    model_folder(teacher)  # a wrong path is said before any work
+    if (there := Path(model_folder(teacher))).is_dir():
+        check_folder(there, ("bert",))  # what is wrong with it is said before any work
     with locked(folder):
         lay_out_text(text, folder / "data")
         place = json.dumps(str((folder / "data").resolve()))

@@ -418,5 +418,5 @@ def test_b17_weights_under_other_names_are_refused(tmp_path):
     assert torch.equal(whole.bert.encoder.layer[1].output.dense.weight, weights["bert.encoder.layer.1.output.dense.weight"])
     renamed = {k.replace("bert.encoder.layer.1.output", "model.layer.1.out"): v for k, v in weights.items()}
     save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks tensors of the encoder.*layer.1.output"):
+    with pytest.raises(UserError, match="lacks tensors bert.encoder.layer.1.output"):
         load_classifier(tmp_path, get_task("rte"), 0)

@@ -135,7 +135,7 @@ def test_unknown_forms_and_untrained_heads_are_the_users_mistake(folders, tmp_pa
     with pytest.raises(UserError, match="did you mean 'onnx'"):
         open_form("onxx", folders["student"], tmp_path)
     BertForSequenceClassification.from_pretrained(folders["teacher"]).bert.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="not a fine-tuned classifier"):
+    with pytest.raises(UserError, match="expected a fine-tuned classifier"):
         open_form("eager", tmp_path / "bare", tmp_path / "x")
     with pytest.raises(UserError, match="onxx"):
         load_settings("quick", "smoke", ("forms.names=[onxx]",))

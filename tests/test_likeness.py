@@ -212,7 +212,7 @@ def test_an_encoder_is_found_under_any_head_and_refused_where_it_lacks_tensors(t
         load_encoder(tmp_path / "none")
     BertForSequenceClassification(BertConfig(**SHAPE | dict(num_hidden_layers=3))).save_pretrained(tmp_path / "short")
     (tmp_path / "short/config.json").write_text((tmp_path / "tuned/config.json").read_text())
-    with pytest.raises(UserError, match=r"lacks encoder\.layer\.3.*a whole encoder"):
+    with pytest.raises(UserError, match="says num_hidden_layers 4, its weights have 3"):
         load_encoder(tmp_path / "short")
     with pytest.raises(UserError, match="the text holds token 40, the model knows 40"):
         look_inside(load_encoder(tmp_path / "tuned"), np.array([40]))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
 from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
 
+from distilrepro.answers import load_predictions
 from distilrepro.config import Data, Finetune, Loop, UserError
 from distilrepro.finetune import SoftTargets, UntrainedTeacher, labelled_batch
 from distilrepro.sources import load_split, load_tokenizer
@@ -25,7 +26,6 @@ from distilrepro.squad import (
     evaluate_squad,
     finetune_squad,
     golds_of,
-    load_predictions,
     load_reader,
     mark,
     normalise,
@@ -370,7 +370,7 @@ def test_only_the_head_may_be_missing(bases, tmp_path, name):  # B17
     with pytest.raises(UserError, match="fine-tuned on SQuAD"):
         load_reader(bases / name)
     model.save_pretrained(tmp_path, state_dict={k.replace("layer.0", "layer.x"): v for k, v in model.state_dict().items()})
-    with pytest.raises(UserError, match="lacks tensors.*layer.0.*whole checkpoint"):
+    with pytest.raises(UserError, match="lacks tensors.*layer.0.*a whole encoder"):
         load_reader(tmp_path, seed=1)
 
 
@@ -417,7 +417,7 @@ def test_a_teacher_that_learnt_nothing_is_refused(bases, tokenizer):  # B6
 # predictions from elsewhere
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("id\ttext", "is not JSON"), ("[]", "holds a list"), ('{"1": "x", "2": 3}', "1 answers are no text, the first is 3 of id 2"),
+    ("id\ttext", "is not JSON"), ("[]", "holds a list"), ('{"1": "x", "2": 3}', "1 answers are no text, the first is 3 of id '2'"),
     (None, "could not read"), (b"\xff\xfe", "is not JSON"),
 ])
 def test_predictions_that_are_not_the_official_form_are_refused(tmp_path, text, message):
