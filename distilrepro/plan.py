@@ -140,7 +140,7 @@ def write_keys(
             write_atomic(path, key)
     return keys
 
-# %% ../nbs/lib/13b_plan.ipynb #09adcb4e
+# %% ../nbs/lib/13b_plan.ipynb #49219023
 def writable(
     folder: Path,  # there or not
 ) -> bool:
@@ -186,7 +186,7 @@ def execute(
     failed.unlink(missing_ok=True)  # of an earlier try
     return work.rename(target)
 
-
+# %% ../nbs/lib/13b_plan.ipynb #0146b61f
 def _error(kind: str, message: str, failed: Path) -> Exception:
     "Turn the error of a notebook's cell into the kind it was."
     if kind in ("Interrupted", "KeyboardInterrupt"):
