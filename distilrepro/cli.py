@@ -6,7 +6,8 @@
 __all__ = ['app', 'Sets', 'PresetName', 'Scale', 'DataDir', 'show', 'reproduce', 'notebook', 'report', 'publish', 'distil',
            'show_scores', 'finetune', 'evaluate', 'fetch', 'doctor', 'presets', 'main']
 
-# %% ../nbs/lib/17_cli.ipynb #99918564
+# %% ../nbs/lib/17_cli.ipynb #262f617d
+import gc
 import os
 import signal
 import sys
@@ -119,7 +120,7 @@ def show_scores(
     scores = {k: v for k, v in metrics.items() if k != "best_step"}  # a number of updates
     show(pd.DataFrame([(k, f"{100 * v:.1f}") for k, v in scores.items()], columns=["metric", "x 100"]), f"{task}, {n} examples")
 
-# %% ../nbs/lib/17_cli.ipynb #97de182c
+# %% ../nbs/lib/17_cli.ipynb #4a801ec0
 @app.command()
 def finetune(
     model: Annotated[Path, typer.Option(help="Folder of a BERT or DistilBERT.")],
@@ -137,7 +138,7 @@ def finetune(
 
     settings = workflow.resolve("sanh2019", data=data, sets=tuple(sets or ()))
     tokenizer = own_tokenizer(model)
-    soft = soft_targets(settings.second, teacher, task, tokenizer) if teacher else None
+    soft = soft_targets(settings.second, teacher, task, len(tokenizer)) if teacher else None
     with workflow.bar(f"{task}, seed {seed}") as told:
         tuned = tune_on(task, model, settings.data, tokenizer, finetune_for(settings, task), seed, soft, told)
     save_model(tuned.model, tokenizer, out)
@@ -199,7 +200,7 @@ def presets():
     rows = [(name, load_settings(name).note) for name in preset_names()]
     show(pd.DataFrame(rows, columns=["preset", "what it is"]), "presets")
 
-# %% ../nbs/lib/17_cli.ipynb #e0ee07bd
+# %% ../nbs/lib/17_cli.ipynb #f3bdb09c
 def main() -> None:
     "Run the command line: exit code 2 for a user's mistake, 1 for a failure, 130 when asked to stop, each with one sentence."
     os.environ |= QUIET
@@ -216,6 +217,8 @@ def main() -> None:
     except (RuntimeError, OSError) as e:
         typer.echo(f"failed: {visible(str(e))}", err=True)
         sys.exit(1)
+    finally:
+        gc.freeze()  # else Python looks through all modules before it ends: two seconds
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

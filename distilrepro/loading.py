@@ -6,7 +6,7 @@
 __all__ = ['PICKLES', 'FAMILIES', 'HEADS', 'model_folder', 'read_object', 'weight_files', 'stored_shapes', 'measured_sizes',
            'check_folder', 'check_tensors', 'load_model', 'check_length']
 
-# %% ../nbs/lib/06b_loading.ipynb #de6a64ef
+# %% ../nbs/lib/06b_loading.ipynb #6f0f4d60
 import json
 import re
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from .config import UserError, reason
+from .seals import verify
 
 # %% ../nbs/lib/06b_loading.ipynb #c923afdd
 def model_folder(
@@ -142,7 +143,7 @@ def check_tensors(
     if said:
         raise UserError(f"{path} {' and '.join(said)}; expected {wanted}")
 
-# %% ../nbs/lib/06b_loading.ipynb #18a62f6d
+# %% ../nbs/lib/06b_loading.ipynb #75d8d2b9
 def load_model(
     kind: Any,  # a class with `from_pretrained`, such as `BertForMaskedLM` or `AutoModelForSequenceClassification`
     path: str | Path,  # folder, hub id, or `package:NAME`
@@ -154,13 +155,11 @@ def load_model(
     "Load a BERT or DistilBERT; raises `UserError` for anything that is missing, damaged or does not fit."
     folder = model_folder(str(path))
     local = Path(folder).is_dir()
-    arguments = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=local) | how
+    safe = dict(trust_remote_code=False, local_files_only=local, ignore_mismatched_sizes=True, output_loading_info=True)
+    if local:
+        check_folder(verify(Path(folder)), families)
     try:
-        if local:
-            check_folder(Path(folder), families)
-        model, info = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
-    except UserError:
-        raise
+        model, info = kind.from_pretrained(folder, use_safetensors=True, **safe, **({"dtype": torch.float32} | how))
     except Exception as e:  # a stranger's config can fail anywhere inside transformers
         remedy = f"expected {wanted}, as a local folder with safetensors where there is no network"
         raise UserError(f"could not load {path}: {reason(e)}; {remedy}") from e

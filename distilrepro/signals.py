@@ -18,8 +18,8 @@ import psutil
 
 from .config import Interrupted
 
-# %% ../nbs/lib/01b_signals.ipynb #0ee1bfe3
-PATIENCE = 4.0  # seconds between the wish and the end; machines that are taken back often give five
+# %% ../nbs/lib/01b_signals.ipynb #5bad85db
+PATIENCE = 3.0  # seconds between the wish and the end: all of it is over within five
 
 
 @contextmanager
