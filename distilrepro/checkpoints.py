@@ -88,7 +88,7 @@ def _latest(folder: Path, key: str) -> Path | None:
     for path in sorted(folder.glob("step-*"), reverse=True):
         names = damaged(path) if (path / SEAL).is_file() else [SEAL]
         if names:
-            warnings.warn(f"{path} is damaged ({', '.join(names)}); going on from the checkpoint before it", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"{path} is damaged ({', '.join(names)}); going on from the checkpoint before it", stacklevel=3)
         elif json.loads((path / "state.json").read_text(encoding="utf-8"))["key"] == key:
             return path
         _remove(path)

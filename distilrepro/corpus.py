@@ -227,7 +227,7 @@ def open_store(
     if not (Path(folder) / SEAL).is_file():
         return None
     if names := damaged(folder):
-        warnings.warn(f"{folder} is damaged ({', '.join(names)}); the text is tokenised anew", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{folder} is damaged ({', '.join(names)}); the text is tokenised anew", stacklevel=3)
         return None
     store = TokenStore(folder)
     return store if store.manifest["key"] == key else None

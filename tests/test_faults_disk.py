@@ -83,7 +83,7 @@ def test_token_store(tmp_path, fault):
     for file in ("tokens.bin", "offsets.npy", "manifest.json", "SHA256SUMS"):
         for name in damages(fault, tmp_path / "store" / file, fault.size(3, 60)):
             with fault("disk", f"a token store: {name}"):
-                with pytest.warns(RuntimeWarning, match="store is damaged"):
+                with pytest.warns(UserWarning, match="store is damaged"):
                     again = store()
                 assert again.content_hash == want and np.array_equal(again.tokens, tokens)
 
@@ -103,7 +103,7 @@ def test_checkpoints(tmp_path, fault):
             shutil.rmtree(tmp_path / "steps")
             shutil.copytree(tmp_path / "whole", tmp_path / "steps")
             fresh = torch.nn.Linear(5, 3)
-            with fault("disk", f"the newest checkpoint: {name}"), pytest.warns(RuntimeWarning, match="step-00000002 is damaged"):
+            with fault("disk", f"the newest checkpoint: {name}"), pytest.warns(UserWarning, match="step-00000002 is damaged"):
                 place = load_checkpoint(tmp_path / "steps", fresh, torch.optim.AdamW(fresh.parameters()), "key")
                 assert place.update == 1 and torch.equal(fresh.weight, weights[1])
 
