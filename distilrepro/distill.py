@@ -171,7 +171,7 @@ def pick_device() -> torch.device:
     "Take the GPU if there is one."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/lib/09_distill.ipynb #864da0b4
+# %% ../nbs/lib/09_distill.ipynb #a065cafe
 def fit(
     model: nn.Module,  # trained in place
     objective: Objective,
@@ -196,8 +196,7 @@ def fit(
             lr, step = loop.lr * lr_factor(update, total, loop.warmup), update + 1
             place.update = step
             with leaving_out(place, loop, optimizer, folder):
-                made = one_update(objective, loop, update, epoch, groups, device)
-                meter.add(*made, _step(model, optimizer, loop, lr, groups))
+                meter.add(*one_update(objective, loop, update, epoch, groups, device), _step(model, optimizer, loop, lr, groups))
             on_step(step, total)
             if step % loop.log_every == 0 or step == total:
                 place.log.append({"step": step, "split": "train", **meter.take(), "lr": lr})

@@ -140,7 +140,7 @@ def write_keys(
             write_atomic(path, key)
     return keys
 
-# %% ../nbs/lib/13b_plan.ipynb #49219023
+# %% ../nbs/lib/13b_plan.ipynb #87c9f8a2
 def writable(
     folder: Path,  # there or not
 ) -> bool:
@@ -160,7 +160,7 @@ def places(
         folder.mkdir(parents=True, exist_ok=True)
     return {k: str(v) for k, v in own.items()}
 
-
+# %% ../nbs/lib/13b_plan.ipynb #c78498db
 def execute(
     run: Run,
     job: Job,

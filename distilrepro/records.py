@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'PACKAGE', 'write_atomic', 'atomic_folder', 'Record', 'hardware_card', 'git_state', 'provenance', 'now',
            'imported_rooms', 'code_hash', 'notebook_code', 'Run', 'create_run', 'locked', 'write_records', 'read_unit',
-           'read_records', 'is_done', 'write_predictions', 'read_predictions', 'read_table', 'find_run', 'start']
+           'read_records', 'is_done', 'write_predictions', 'read_predictions', 'read_rows', 'find_run', 'start']
 
 # %% ../nbs/lib/02_records.ipynb #6cb184b7
 import ast
@@ -355,7 +355,7 @@ def is_done(
     path = run.folder / "records" / f"{unit}.jsonl"
     return path.is_file() and set(read_records(run, unit).config_hash) == {config_hash}
 
-# %% ../nbs/lib/02_records.ipynb #2c6b0f20
+# %% ../nbs/lib/02_records.ipynb #b11b10bf
 def write_predictions(
     run: Run,
     unit: str,
@@ -373,7 +373,7 @@ def _table_check(rows: pa.Table) -> bytes:
     values = pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes()
     return hashlib.sha256("\n".join(table).encode() + values).hexdigest()[:12].encode()
 
-
+# %% ../nbs/lib/02_records.ipynb #bff6eb77
 def read_predictions(
     run: Run,
     unit: str,
@@ -383,10 +383,10 @@ def read_predictions(
     if not path.is_file():
         have = [p.stem for p in (run.folder / "predictions").glob("*.parquet")]
         raise unknown("predictions", unit, have) if have else UserError(f"{run.folder} holds no predictions; fine-tune first")
-    return read_table(path)
+    return read_rows(path)
 
 
-def read_table(
+def read_rows(
     path: Path,  # as `write_predictions` wrote it
 ) -> pd.DataFrame:
     "Read a table of predictions; raises `RuntimeError` that names the file when it is not as it was written."

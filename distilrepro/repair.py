@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['damage', 'mend']
 
-# %% ../nbs/lib/13bb_repair.ipynb #c1e72d54
+# %% ../nbs/lib/13bb_repair.ipynb #edf84cc4
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .records import Run, read_table, read_unit
+from .records import Run, read_rows, read_unit
 from .seals import damaged
 
-# %% ../nbs/lib/13bb_repair.ipynb #929e7d67
+# %% ../nbs/lib/13bb_repair.ipynb #1cd032f2
 def damage(
     run: Run,
 ) -> Iterator[Path]:  # files of records or predictions, and folders of models
     "Find what is not as it was written."
-    for read, pattern in ((read_unit, "records/*.jsonl"), (read_table, "predictions/*.parquet")):
+    for read, pattern in ((read_unit, "records/*.jsonl"), (read_rows, "predictions/*.parquet")):
         for path in sorted(run.folder.glob(pattern)):
             try:
                 read(path)

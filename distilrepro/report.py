@@ -7,7 +7,7 @@ __all__ = ['PAGE_STYLE', 'SEEN', 'SAID', 'INSIDE', 'CALLS', 'EXPECTED', 'POLICY'
            'read_section', 'read_sections', 'summary', 'summary_markdown', 'provenance_html', 'lead_html',
            'write_report']
 
-# %% ../nbs/lib/15z_report.ipynb #f8ae189e
+# %% ../nbs/lib/15z_report.ipynb #aef89d24
 import base64
 import html
 import json
@@ -25,7 +25,7 @@ from .losses import departures
 from .records import Run, read_records, write_atomic
 from .tables import TOY, command, is_toy, number, percent, results, span, speed_values
 
-# %% ../nbs/lib/15z_report.ipynb #dd9d12a4
+# %% ../nbs/lib/15z_report.ipynb #98387860
 PAGE_STYLE = (
     ":root{color-scheme:light dark;--bg:#fff;--ink:#1b1b1b;--line:#ccc;--link:#0a5a94}"
     "@media(prefers-color-scheme:dark){:root{--bg:#15181c;--ink:#e4e4e4;--line:#444;--link:#7fbfee}}"
@@ -55,7 +55,7 @@ def _text(value) -> str:
     "Join what a notebook stores as a list of lines."
     return "".join(value) if isinstance(value, list) else str(value)
 
-# %% ../nbs/lib/15z_report.ipynb #1a154b82
+# %% ../nbs/lib/15z_report.ipynb #9de12733
 SEEN = set("""a b br code details div em figcaption figure h1 h2 h3 h4 h5 h6 i img li ol p pre small span strong style sub summary sup
               table tbody td tfoot th thead tr ul""".split())
 SAID = re.compile(r"(class|id|type|alt|title|role|scope|scoped|colspan|rowspan|tabindex|border|open|aria-[a-z]+)")
@@ -91,7 +91,7 @@ def acts(
     parser.feed(text)
     return parser.found or "<" in parser.rawdata or parser.cdata_elem is not None  # the last two: never closed
 
-
+# %% ../nbs/lib/15z_report.ipynb #c5f7a7bb
 def show_output(
     data: dict,  # an output of a cell, by MIME type
     alt: str,  # in words, for a picture that does not bring its own
@@ -172,7 +172,7 @@ def summary(
         "parameters": ratio("parameters"), "speed": ratio("pass_s", flip=True),
     }
 
-# %% ../nbs/lib/15z_report.ipynb #82bbbaa3
+# %% ../nbs/lib/15z_report.ipynb #cc6fa38f
 def summary_markdown(
     runs: list[Run],
 ) -> str:  # a Markdown table, one row a run
@@ -181,7 +181,7 @@ def summary_markdown(
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(r.values()) for r in rows)]
     return "\n".join("| " + " | ".join(map(markdown, line)) + " |" for line in lines) + "\n"
 
-# %% ../nbs/lib/15z_report.ipynb #5cf21595
+# %% ../nbs/lib/15z_report.ipynb #6f33cdfc
 def provenance_html(
     run: Run,
 ) -> str:
@@ -218,7 +218,7 @@ def lead_html(
         parts.append(f"Its objective is not that of the released code: {'; '.join(changed)}.")
     return f'{toy}<p class="lead">{html.escape(" ".join(parts))}</p>'
 
-# %% ../nbs/lib/15z_report.ipynb #5772ee34
+# %% ../nbs/lib/15z_report.ipynb #9b105074
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"  # nothing is fetched or run
 
 

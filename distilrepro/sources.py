@@ -181,7 +181,7 @@ def local_files(
         raise missing(f"split {split!r} of {name}", str(root / name), found)
     return [as_listed(root, path) for path in found[split]]
 
-# %% ../nbs/lib/04a_sources.ipynb #ca69d6ba
+# %% ../nbs/lib/04a_sources.ipynb #9acc3743
 @contextmanager
 def open_parquet(
     path: Path,
@@ -206,7 +206,7 @@ def read_table(
         raise UserError(f"{path} has {len(twice)} column names twice, such as {brief(twice[0])}; give each column its own")
     return table
 
-
+# %% ../nbs/lib/04a_sources.ipynb #49f35e4a
 def read_local(
     data: Data,
     name: str,  # a folder under `data.dir`
@@ -219,7 +219,7 @@ def read_local(
     tables = [read_table(p) for p in paths]
     try:
         return Dataset(pa.concat_tables(tables, promote_options="permissive"))
-    except (pa.ArrowException, ValueError, TypeError, NotImplementedError) as e:
+    except (pa.ArrowException, ValueError, TypeError) as e:
         files = f"{paths[0].parent} ({some(p.name for p in paths)})"
         raise UserError(f"the columns of {files} cannot be read as one table: {reason(e)}; fetch the set again") from None
 

@@ -172,7 +172,7 @@ def floor(
     majority = min(Counter(truth.tolist()).items(), key=lambda kv: (-kv[1], kv[0]))[0] if len(truth) else 0
     return score(task, GlueMetric(task.name).compute(predictions=np.full_like(truth, majority), references=truth))
 
-# %% ../nbs/lib/10_tasks.ipynb #bbe319a9
+# %% ../nbs/lib/10_tasks.ipynb #84f1cb71
 def check_rows(
     task: str | Task,
     dataset: datasets.Dataset,  # one split
@@ -196,7 +196,7 @@ def check_rows(
             raise UserError(f"{task.name}: row {i} has label {brief(label)}; expected {allowed}{hint}")
     _check_ids(task, dataset["idx"][:] if "idx" in dataset.column_names else [])
 
-
+# %% ../nbs/lib/10_tasks.ipynb #6b3e6880
 def _check_ids(task: Task, ids: list) -> None:
     "Raise `UserError` unless every row has a number of its own."
     seen: dict[int, int] = {}

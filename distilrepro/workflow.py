@@ -296,7 +296,7 @@ def fetch(
         done.append("teacher")
     return done
 
-# %% ../nbs/lib/16_workflow.ipynb #01fbfa94
+# %% ../nbs/lib/16_workflow.ipynb #26e57ddb
 def portable_notebook(
     path: Path,  # an executed notebook
     places: dict[str, str],  # what stands in it -> what is written instead
@@ -316,7 +316,7 @@ def portable_notebook(
             text = text.replace(json.dumps(form, ensure_ascii=False)[1:-1], json.dumps(name, ensure_ascii=False)[1:-1])
     return text
 
-
+# %% ../nbs/lib/16_workflow.ipynb #315e9052
 def publish(
     run: Run,
     folder: Path,  # such as `results/minilm-small`

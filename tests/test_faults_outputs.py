@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as drawn
 from hypothesis import strategies as st
-from test_site import CHROMIUM, DESK, FLAGS, PHONE
+from test_site import DESK, PHONE, browser  # noqa: F401  a fixture
 
 from distilrepro import cli, workflow
 from distilrepro.attention import attention_figure, rows_figure
@@ -143,19 +143,14 @@ def site(hostile, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page():
+def page(browser):  # noqa: F811
     "A browser's page that remembers dialogs, and what it asks of others than the disk."
-    if not CHROMIUM:
-        pytest.skip("no Chromium here; `apt-get install chromium` brings one")
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(color_scheme="light")
-        page.heard = []
-        page.on("dialog", lambda d: (page.heard.append(f"dialog {d.message}"), d.dismiss()))
-        page.on("request", lambda r: page.heard.append(r.url[:99]) if not r.url.startswith(("file:", "data:", "blob:")) else None)
-        yield page
-        browser.close()
+    page = browser.new_page(color_scheme="light")
+    page.heard = []
+    page.on("dialog", lambda d: (page.heard.append(f"dialog {d.message}"), d.dismiss()))
+    page.on("request", lambda r: page.heard.append(r.url[:99]) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+    yield page
+    page.close()
 
 
 def look(page, path: Path) -> str:
@@ -306,14 +301,14 @@ def test_a_preset_cannot_name_a_run_folder_elsewhere(tmp_path, name, scale, faul
 
 
 def test_publishing_replaces_published_results_alone(hostile, tmp_path, fault):
-    (tmp_path / "home/work").mkdir(parents=True)
-    (tmp_path / "home/work/thesis.txt").write_text("years")
+    (tmp_path / "home/papers").mkdir(parents=True)
+    (tmp_path / "home/papers/thesis.txt").write_text("years")
     (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "home", tmp_path / "home/work/..", hostile.folder, hostile.folder.parent, tmp_path / "file", Path("/")):
+    for place in (tmp_path / "home", tmp_path / "home/papers/..", hostile.folder, hostile.folder.parent, tmp_path / "file", Path("/")):
         with fault("outputs", "results published over a folder of something else"):
             with pytest.raises(UserError, match="something else than published results"):
                 workflow.publish(hostile, place)
-    assert (tmp_path / "home/work/thesis.txt").read_text() == "years" and (hostile.folder / "records").is_dir()
+    assert (tmp_path / "home/papers/thesis.txt").read_text() == "years" and (hostile.folder / "records").is_dir()
     with fault("outputs", "results published twice"):
         first, again = workflow.publish(hostile, tmp_path / "a b"), workflow.publish(hostile, tmp_path / "a b")
         assert first == again and all(p.is_relative_to(tmp_path / "a b") for p in first)

@@ -11,15 +11,13 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-import torch
-from transformers import BertConfig, BertForMaskedLM
+from test_workflow import SMALL, teacher  # noqa: F401  a fixture
 
 from distilrepro import plan, workflow
-from distilrepro.config import Data, load_settings
-from distilrepro.corpus import load_tokenizer, write_offsets
+from distilrepro.config import load_settings
+from distilrepro.corpus import write_offsets
 from distilrepro.records import Run, create_run, read_predictions, read_records, write_predictions, write_records
 from distilrepro.report import write_report
-from distilrepro.synthetic import documents
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = """
@@ -102,23 +100,6 @@ def test_offsets_written_in_pieces_are_those_written_at_once(tmp_path, n):
 
 # what is taken is given back
 
-SMALL = ("data.max_len=32", "distil.batch=4", "distil.accumulation=1", "distil.max_updates=4", "distil.min_updates=2",
-         "distil.save_every=2", "distil.log_every=2")
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    "A folder with a random BERT and text in its language."
-    folder, tokenizer = tmp_path_factory.mktemp("own"), load_tokenizer(Data())
-    torch.manual_seed(0)
-    shape = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-                       max_position_embeddings=32)
-    BertForMaskedLM(shape).save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
-    (folder / "a.txt").write_text("\n".join(documents(0, 60)))
-    return folder
-
-
 def taken() -> dict[str, int]:
     "Open files, threads and children of this process."
     gc.collect()
@@ -126,7 +107,7 @@ def taken() -> dict[str, int]:
     return dict(files=me.num_fds(), threads=me.num_threads(), children=len(me.children(recursive=True)))
 
 
-def whole(teacher: Path, out: Path) -> Run:
+def whole(teacher: Path, out: Path) -> Run:  # noqa: F811
     "From nothing to a student, its records and predictions."
     workflow.distil(str(teacher / "teacher"), (str(teacher / "*.txt"),), out, SMALL)
     run = Run(out.with_name(out.name + "-run"))
@@ -136,7 +117,7 @@ def whole(teacher: Path, out: Path) -> Run:
     return run
 
 
-def test_runs_give_back_what_they_took(teacher, tmp_path, fault):
+def test_runs_give_back_what_they_took(teacher, tmp_path, fault):  # noqa: F811
     whole(teacher, tmp_path / "first")  # pools of threads and caches are made once
     before, memory = taken(), psutil.Process().memory_info().rss
     runs = fault.size(5, 20)
@@ -180,7 +161,7 @@ LACKING = {"no HOME at all": (), "a HOME that cannot be made": ("HOME",), "cache
 
 
 @pytest.mark.parametrize("what", LACKING)
-def test_a_run_without_home_or_caches_works(teacher, tmp_path, what, fault):
+def test_a_run_without_home_or_caches_works(teacher, tmp_path, what, fault):  # noqa: F811
     if not fault.whole:
         pytest.skip("in `make torture`; a job of the workflow without them is below")
     with fault("resources", what):
@@ -191,7 +172,7 @@ def test_a_run_without_home_or_caches_works(teacher, tmp_path, what, fault):
         assert (tmp_path / "s-run/tables/a.svg").is_file()
 
 
-def test_a_run_without_shared_memory_works(teacher, tmp_path, fault):
+def test_a_run_without_shared_memory_works(teacher, tmp_path, fault):  # noqa: F811
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro,size=4k none /dev/shm && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*hide, "true"], capture_output=True).returncode:
         pytest.skip("/dev/shm can be hidden by root alone, where mounts may be made")

@@ -105,21 +105,28 @@ def test_page_shows_no_traceback_no_warning_and_no_place(path):
 
 
 @pytest.fixture(scope="session")
-def chromium():
-    "A browser's page, used for all pages of the site."
+def browser():
+    "Chromium, where there is one."
     if not CHROMIUM:
         pytest.skip("no Chromium here; `apt-get install chromium` brings one")
     api = pytest.importorskip("playwright.sync_api")
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     with api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(color_scheme="light")
-        page.axe, page.judged, page.problems = axe.axe_script, set(), []
-        page.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda e: page.problems.append(str(e)))
-        page.on("request", lambda r: page.problems.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def chromium(browser):
+    "A browser's page, used for all pages of the site."
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = browser.new_page(color_scheme="light")
+    page.axe, page.judged, page.problems = axe.axe_script, set(), []
+    page.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: page.problems.append(str(e)))
+    page.on("request", lambda r: page.problems.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+    yield page
+    page.close()
 
 
 @pytest.fixture
