@@ -138,7 +138,7 @@ def finetune(
 
     settings = workflow.resolve("sanh2019", data=data, sets=tuple(sets or ()))
     tokenizer = own_tokenizer(model)
-    soft = soft_targets(settings.second, teacher, task, len(tokenizer)) if teacher else None
+    soft = soft_targets(settings.second, teacher, task, tokenizer) if teacher else None
     with workflow.bar(f"{task}, seed {seed}") as told:
         tuned = tune_on(task, model, settings.data, tokenizer, finetune_for(settings, task), seed, soft, told)
     save_model(tuned.model, tokenizer, out)

@@ -25,7 +25,7 @@ def place(tmp_path_factory):
     BertForSequenceClassification(shape).save_pretrained(folder / "mnli-model")
     for name in ("bert", "mnli-model"):
         tokenizer.save_pretrained(folder / name)
-    rows = pd.DataFrame(dict(sentence=["the dog sleeps", "dog the sleeps"] * 8, label=[1, 0] * 8, idx=range(16)))
+    rows = pd.DataFrame(dict(sentence=["the dog sleeps", "no cat runs"] * 8, label=[1, 0] * 8, idx=range(16)))
     sets = {"good": rows, "no-column": rows.drop(columns="sentence"), "bad-label": rows.assign(label=[1, 7] * 8)}
     for name, table in sets.items():
         (folder / name / "cola").mkdir(parents=True)
@@ -100,6 +100,19 @@ def test_fine_tuning_and_evaluating_agree(command, place, tmp_path):
     assert "best_step" not in scores(tuned), "a number of updates is no score"
     code, marked, err = command("evaluate", "cola", "--predictions", tmp_path / "cola/predictions.parquet", "--data", place / "good")
     assert code == 0 and marked == measured, err
+
+
+def test_a_fine_tuned_teacher_changes_what_is_learnt(command, place, tmp_path):
+    def tune(out, *words, lr):
+        changes = ("data.tokenizer=", "finetune.loop.epochs=9", "finetune.loop.batch=8", "finetune.max_len=16", f"finetune.loop.lr={lr}")
+        code, _, err = command("finetune", "--task", "cola", "--model", place / "bert", "--out", tmp_path / out,
+                               "--data", place / "good", *words,
+                               *(word for c in changes for word in ("--set", c)))
+        return pd.read_parquet(tmp_path / out / "predictions.parquet") if code == 0 else err
+    assert len(tune("teacher", lr=0.03)) == len(tune("alone", lr=0.001)) == 16
+    taught = tune("taught", "--teacher", tmp_path / "teacher", lr=0.001)
+    assert len(taught) == 16 and not taught.equals(pd.read_parquet(tmp_path / "alone/predictions.parquet"))
+    assert "the teacher scores 0.0 on CoLA" in tune("worse", "--teacher", tmp_path / "alone", lr=0.001), "at the floor: refused"
 
 
 def test_presets_are_listed(command):
