@@ -107,7 +107,7 @@ def test_glue_answers_that_do_not_fit_are_named(data, tmp_path, table, words):
 def test_files_that_are_no_tables_are_named(data, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
     (tmp_path / "a.xlsx").write_bytes(b"")
-    for name, words in {"a.parquet": "could not read", "a.xlsx": ".tsv, .csv, .parquet", "none.tsv": "could not read"}.items():
+    for name, words in {"a.parquet": "not a readable parquet file", "a.xlsx": ".tsv, .csv, .parquet", "none.tsv": "could not read"}.items():
         with pytest.raises(UserError, match=words):
             mark_answers(tmp_path / name, "cola", data)
 

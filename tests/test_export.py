@@ -16,6 +16,7 @@ from distilrepro.export import FORMS, logits_of, open_form, padded_batches, pari
 from distilrepro.forms import forms_figure, forms_findings, forms_table
 from distilrepro.plan import SECTIONS, jobs
 from distilrepro.records import Run, create_run, read_records
+from distilrepro.seals import SEAL, seal
 from distilrepro.speed import disk_mb
 from distilrepro.stages import save_model, tuned_folder
 
@@ -83,13 +84,15 @@ def test_one_file_takes_every_shape(folders, tmp_path, name):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     call = open_form(name, folders["teacher"], tmp_path / "form")
-    ((file, stamp),) = [(p, p.stat().st_mtime_ns) for p in (tmp_path / "form").iterdir()]
+    file = tmp_path / "form/model.onnx"
+    stamp = file.stat().st_mtime_ns
+    assert {p.name for p in file.parent.iterdir()} == {file.name, SEAL}
     for count, length in ((1, 3), (5, 64), (9, 17)):
         inputs = dict(input_ids=torch.ones(count, length, dtype=torch.long), attention_mask=torch.ones(count, length, dtype=torch.long),
                       token_type_ids=torch.zeros(count, length, dtype=torch.long))
         said = call(inputs)
         assert said.shape == (count, 2) and said.dtype == torch.float32 and torch.isfinite(said).all()
-    assert file.name == "model.onnx" and file.stat().st_mtime_ns == stamp
+    assert file.stat().st_mtime_ns == stamp
 
 
 def test_onnx_inputs_are_named_and_their_axes_are_free(folders, tmp_path):
@@ -150,7 +153,7 @@ def test_disk_counts_every_weight_file_and_int8_is_smaller(folders, tmp_path):
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     whole, packed = disk_mb(folders["teacher"]), disk_mb(FORMS["int8"].write(folders["teacher"], tmp_path / "int8"))
     assert whole - packed == pytest.approx(3 * linear / 1e6, rel=0.1), "three bytes of four are saved on each weight of a linear layer"
-    assert not [p for p in (tmp_path / "int8").iterdir() if p.suffix not in {".json", ".safetensors"}]
+    assert not [p for p in (tmp_path / "int8").iterdir() if p.suffix not in {".json", ".safetensors"} and p.name != SEAL]
 
 
 def test_a_last_batch_that_is_not_full_is_not_timed():
@@ -214,9 +217,13 @@ def test_stage_resumes_and_starts_anew_when_a_weight_changes(run, monkeypatch):
     monkeypatch.setattr(export, "form_rows", refuse)
     assert len(export.forms_stage(run)) == len(text.splitlines())
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(RuntimeError, match="is damaged: model.safetensors"):
+        export.forms_stage(run)
+    seal(weights.parent)  # another model, wholly written
     with pytest.raises(AssertionError, match="computed again"):
         export.forms_stage(run)
     weights.write_bytes(before)
+    seal(weights.parent)
     assert path.read_text() == text
 
 
