@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .config import Settings, ablation_settings
-from .figures import GREY
+from .pictures import GREY
 from .records import Run, read_records
 from .stats import TaskResult, holm, interval, p_value
 from .tables import COLOURS, TASKS, Findings, Table, command, is_toy, number, published, results, with_interval

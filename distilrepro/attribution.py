@@ -21,11 +21,12 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import COLOURS, INK, SPECIAL
+from .attention import COLOURS, SPECIAL
 from .config import UserError, visible
 from .finetune import predict
 from .language import FEELINGS, SIGNED
 from .pair import Pair, probabilities
+from .pictures import GREY
 from .speed import as_inputs
 from .stats import interval, mean, two_way_bootstrap
 
@@ -268,8 +269,8 @@ def attribution_figure(
     names = [words[i][:14] + (f" ({i + 1})" if len(words) > most else "") for i in shown]
     fig, axes = plt.subplots(1, 2, figsize=(8.5, 0.24 * len(shown) + 1.4), sharey=True, layout="constrained")
     for ax, (model, s) in zip(axes, scores.items(), strict=True):
-        ax.barh(range(len(shown)), s[shown], color=[COLOURS[model] if v > 0 else INK for v in s[shown]])
-        ax.axvline(0, color=INK, lw=0.8)
+        ax.barh(range(len(shown)), s[shown], color=[COLOURS[model] if v > 0 else GREY for v in s[shown]])
+        ax.axvline(0, color=GREY, lw=0.8)
         ax.set_title(f"{model} says {answers[model]}", color=COLOURS[model], fontsize=10)
         ax.set(xlabel="share in the log-odds of its answer\n(grey: against it)")
         ax.spines[["top", "right"]].set_visible(False)
@@ -277,7 +278,7 @@ def attribution_figure(
     axes[0].invert_yaxis()
     best = {m: ", ".join(words[i] for i in np.argsort(-np.abs(s), kind="stable")[:3]) for m, s in scores.items()}
     few = f", the {len(shown)} largest of {len(words)}" if len(words) > most else ""
-    fig.suptitle(f"Attribution to words by integrated gradients{few}", fontsize=11, color=INK)
+    fig.suptitle(f"Attribution to words by integrated gradients{few}", fontsize=11, color=GREY)
     said = "; ".join(f"{m}: {b}" for m, b in best.items())
     fig.set_label(f"Attribution of both answers to {len(words)} words{few}. Largest: {said}.")
     return fig
@@ -290,7 +291,7 @@ def deletion_figure(
     fig, axes = plt.subplots(1, len(seen), figsize=(4.25 * len(seen), 3.4), sharey=True, layout="constrained", squeeze=False)
     said = []
     for ax, (model, table) in zip(axes[0], seen.items(), strict=True):
-        looks = dict(zip(METHODS, ((COLOURS[model], "-"), (COLOURS[model], "--")), strict=True)) | {"random": (INK, ":")}
+        looks = dict(zip(METHODS, ((COLOURS[model], "-"), (COLOURS[model], "--")), strict=True)) | {"random": (GREY, ":")}
         for method, (colour, line) in looks.items():
             curves = np.stack(table.curve[table.method == method]).T
             found = mean_interval({str(s): c for s, c in zip(SHARES, curves, strict=True)})
@@ -301,7 +302,7 @@ def deletion_figure(
         ax.set(xlabel="% of the words masked", ylim=(0, 1.02))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("probability of its own answer")
-    keys = [plt.Line2D([], [], color=INK, ls=line, label=method) for method, (_, line) in looks.items()]
+    keys = [plt.Line2D([], [], color=GREY, ls=line, label=method) for method, (_, line) in looks.items()]
     fig.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     fig.set_label(f"Deletion curves. Mean probability with no word and with {SHARES[3]:.0%} of the words masked: {'; '.join(said)}.")
     return fig

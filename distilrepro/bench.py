@@ -37,6 +37,7 @@ from .fused import PIECE, vocab_loss
 from .losses import decoder, head_rows, hidden_cosine
 from .packing import hidden_rows
 from .peers import CONTENDERS, Contender, Ours, Work, deal, draw_lengths, exactness, serve, work_flops
+from .pictures import GREY
 from .speed import cpu_has_bf16, flops_per_token, formula_parameters, matrix_rate, time_call
 
 # %% ../nbs/lib/13d_bench.ipynb #5daf1fe9
@@ -482,7 +483,7 @@ def race_figure(
             part = _one_race(table, size, setting)
             y = np.array([models.index(m) for m in part.index]) + 0.8 * ((i + 0.5) / len(settings) - 0.5)
             ax.barh(y, part.tokens_per_s, 0.75 / len(settings), color=SETTING_COLOURS[i % len(SETTING_COLOURS)], label=setting)
-            ax.hlines(y, part.low, part.high, color="#787878", lw=1.5)
+            ax.hlines(y, part.low, part.high, color=GREY, lw=1.5)
         ax.set(title=size, xlabel="real tokens a second", yticks=range(len(models)), yticklabels=models)
     axes[0][0].invert_yaxis()
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, -0.12))

@@ -20,9 +20,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from scipy.stats import binomtest
 
-from .attention import COLOURS, INK
+from .attention import COLOURS
 from .config import UserError
 from .fidelity import SeedRuns
+from .pictures import GREY
 
 # %% ../nbs/lib/14f_calibration.ipynb #8f7b5163
 BINS = 15
@@ -157,13 +158,13 @@ def draw_reliability(
     least: float,  # the smallest confidence there can be: one over the number of classes
 ) -> None:
     "Draw a reliability diagram and its counts."
-    ax.plot([0, 1], [0, 1], color=INK, lw=1, ls=":")
+    ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     ends = np.abs(points[["low", "high"]].to_numpy().T - points.accuracy.to_numpy())
     ax.errorbar(points.confidence, points.accuracy, ends, color=colour, fmt="o", ms=5, lw=1.5, capsize=2)
     ax.set(ylim=(-0.04, 1.04), xlim=(least - 0.03, 1.03))
     ax.tick_params(labelbottom=False)
     bars = below.bar((points.bin + 0.5) / BINS, points.n, width=0.9 / BINS, color=colour, alpha=0.6)
-    below.bar_label(bars, fontsize=7, color=INK, padding=1)
+    below.bar_label(bars, fontsize=7, color=GREY, padding=1)
     below.set(xlim=(least - 0.03, 1.03), yticks=[], ylim=(0, 1.35 * points.n.max()))
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

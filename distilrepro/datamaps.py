@@ -13,10 +13,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .attention import INK
 from .config import UserError
 from .fidelity import SeedRuns
 from .pair import read_texts
+from .pictures import GREY
 from .records import Run
 from .stats import interval, spearman, two_way_bootstrap
 from .tasks import get_task
@@ -101,7 +101,7 @@ def draw_data_map(
 ) -> None:
     "Draw a data map with the largest variability that each confidence allows."
     level = np.linspace(0, 1, 200)
-    ax.plot(np.sqrt(level * (1 - level)), level, color=INK, lw=1, ls=":")
+    ax.plot(np.sqrt(level * (1 - level)), level, color=GREY, lw=1, ls=":")
     colours = plt.get_cmap("viridis")(np.linspace(0.28, 0.9, runs + 1))
     for right in range(runs + 1):
         part = found[found.right == right]

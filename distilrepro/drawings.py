@@ -19,8 +19,8 @@ from matplotlib.transforms import Bbox
 from transformers import BertConfig
 
 from .config import Settings, UserError
-from .figures import GREY
 from .loading import model_folder
+from .pictures import GREY
 from .records import Run, read_records
 from .student import layer_map
 from .tables import COLOURS, Table, command, is_toy, number, reference, speed_values

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
-from .attention import COLOURS, INK
+from .attention import COLOURS
 from .config import UserError, seeds_for
 from .pair import load_pair, probabilities
+from .pictures import GREY
 from .records import Run, read_predictions
 from .sources import load_split
 from .stats import interval, mean, two_way_bootstrap
@@ -178,7 +179,7 @@ def confusion_figure(
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         ax.set_xlabel("answer" if answers.labels else "student's answer")
-        ax.set_title(model, color=COLOURS.get(model, INK))
+        ax.set_title(model, color=COLOURS.get(model, GREY))
         said += [f"{model}: " + ", ".join(f"{c} {shares[i, i]:.0%} of {n[i]}" for i, c in enumerate(counts.index))]
     axes[0][0].set_ylabel("label" if answers.labels else "teacher's answer")
     what = "Confusion matrices, a row a label; on the diagonal" if answers.labels else "Grades of the teacher (rows) and the student; alike"
@@ -222,5 +223,5 @@ def draw_rates(
         at, ends = np.arange(len(rates)) + shift, np.abs([rate - low, high - rate])
         style = dict(fmt="o", ms=5, lw=1.6, color=COLOURS[model], label=model, clip_on=False, zorder=3)
         ax.errorbar(*((rate, at) if along == "x" else (at, rate)), **{f"{along}err": ends}, **style)
-    ax.grid(axis=along, color=f"{INK}44")
+    ax.grid(axis=along, color=f"{GREY}44")
     ax.spines[["top", "right"]].set_visible(False)

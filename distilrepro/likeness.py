@@ -26,7 +26,6 @@ from safetensors.torch import load_model as read_weights
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoModel, PreTrainedModel
 
-from .attention import INK
 from .config import UserError
 from .corpus import TokenStore
 from .loading import load_model

@@ -11,8 +11,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .config import UserError
-from .figures import GREY
 from .glue import SHOWN, retained, shared_tasks
+from .pictures import GREY
 from .records import Run
 from .tables import COLOURS, TASKS, command, is_toy, number, results
 

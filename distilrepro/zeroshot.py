@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from .config import finetune_for, load_settings
+from .pictures import GREY
 from .records import Run, read_predictions, read_records
 from .stats import holm
 from .tables import MODELS, TASKS, Findings, Table, command, is_toy, number, published, reference, results, with_interval
@@ -180,7 +181,7 @@ def _paint(ax, model: str, cells: pd.DataFrame, rows: list[str], columns: list[s
             continue
         rgba = colour(0.5 + np.clip(100 * (cell.accuracy - cell.floor) / limit, -1, 1) / 2)
         ink = "black" if np.dot(rgba[:3], [0.299, 0.587, 0.114]) > 0.5 else "white"
-        ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fc=rgba, ec="#787878", lw=0.5))
+        ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fc=rgba, ec=GREY, lw=0.5))
         ax.text(x, y - 0.1, number(cell.accuracy, scale=100), ha="center", va="center", color=ink, fontsize=9)
         ax.text(x, y + 0.3, _status(cell).removesuffix(" the floor").removesuffix(" in training"), ha="center", color=ink, fontsize=6)
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), title=MODELS[model])

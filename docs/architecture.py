@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as MplPath
 
+from distilrepro.pictures import GREY
+
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "<!-- rooms: written by docs/architecture.py -->"
-INK = "#808080"
 COLOURS = ["#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc"]  # seaborn's colour-blind palette
 WIDE, HIGH, GAP, EACH_LINE = 1.5, 0.5, 0.12, 6  # a room's box, in the picture's units; rooms a line
 
@@ -61,11 +62,11 @@ def draw_theme(ax, title: str, rooms: list[str], place: tuple[float, float], col
     top, low = place
     wide = EACH_LINE * (WIDE + GAP) + GAP
     ax.add_patch(FancyBboxPatch((0, low), wide, top - low, boxstyle="round,pad=0,rounding_size=0.15", fc=colour + "1f", ec=colour, lw=1.2))
-    ax.text(GAP, top - 0.27, title, va="center", weight="bold", fontsize=10, color=INK)
+    ax.text(GAP, top - 0.27, title, va="center", weight="bold", fontsize=10, color=GREY)
     for i, room in enumerate(rooms):
         x, y = GAP + i % EACH_LINE * (WIDE + GAP), top - 0.5 - (i // EACH_LINE + 1) * (HIGH + GAP) + GAP
-        ax.add_patch(FancyBboxPatch((x, y), WIDE, HIGH, boxstyle="round,pad=0,rounding_size=0.1", fc="none", ec=INK, lw=0.7))
-        ax.text(x + WIDE / 2, y + HIGH / 2, room, ha="center", va="center", fontsize=9.5, color=INK)
+        ax.add_patch(FancyBboxPatch((x, y), WIDE, HIGH, boxstyle="round,pad=0,rounding_size=0.1", fc="none", ec=GREY, lw=0.7))
+        ax.text(x + WIDE / 2, y + HIGH / 2, room, ha="center", va="center", fontsize=9.5, color=GREY)
 
 
 def draw_arrow(ax, start: tuple[float, float], end: tuple[float, float], bulge: float, n: int, colour: str, gid: str) -> None:

@@ -20,7 +20,8 @@ from distilrepro.drawings import (
     teacher_depth,
     words,
 )
-from distilrepro.figures import save_figure, use_style
+from distilrepro.figures import save_figure
+from distilrepro.pictures import use_style
 from distilrepro.records import create_run, write_records
 from distilrepro.tables import COLOURS
 

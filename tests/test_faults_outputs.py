@@ -28,7 +28,8 @@ from distilrepro.browser import browser_page, save_browser
 from distilrepro.config import Data, UserError, load_settings, markdown, visible
 from distilrepro.corpus import build_store, load_tokenizer
 from distilrepro.errors import KINDS, Answers
-from distilrepro.figures import save_figure, use_style
+from distilrepro.figures import save_figure
+from distilrepro.pictures import use_style
 from distilrepro.records import Run, create_run, write_predictions, write_records
 from distilrepro.report import acts, write_report
 from distilrepro.tables import Findings, Table, command, save_table

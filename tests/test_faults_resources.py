@@ -138,7 +138,8 @@ sys.path.insert(0, TESTS)
 import test_faults_resources as t
 from pathlib import Path
 import matplotlib.pyplot as plt
-from distilrepro.figures import save_figure, use_style
+from distilrepro.figures import save_figure
+from distilrepro.pictures import use_style
 run = t.whole(Path(sys.argv[1]), Path(sys.argv[2]))
 use_style()
 fig, ax = plt.subplots()
