@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GLUE', 'TASKS', 'OFFICIAL', 'TRAINING', 'METRIC', 'MODELS', 'COLOURS', 'SOURCES', 'SOURCE_OF', 'HARDWARE', 'STYLE',
-           'TOY', 'SIZES', 'PASS', 'LATENCY', 'number', 'with_interval', 'span', 'notes_html', 'Table', 'Findings',
-           'percent', 'reference', 'published', 'results', 'is_toy', 'command', 'answers', 'lacking', 'column_name',
-           'coverage', 'speed_values', 'spread', 'faster', 'own_speed_rows', 'published_speed_blocks', 'speed_table',
-           'speed_findings', 'save_table']
+           'TOY', 'SIZES', 'PASS', 'LATENCY', 'number', 'with_interval', 'span', 'notes_html', 'Table', 'excerpt',
+           'Findings', 'percent', 'reference', 'published', 'results', 'is_toy', 'command', 'answers', 'lacking',
+           'column_name', 'coverage', 'speed_values', 'spread', 'faster', 'own_speed_rows', 'published_speed_blocks',
+           'speed_table', 'speed_findings', 'save_table']
 
 # %% ../nbs/lib/15_tables.ipynb #c170c1f3
 import html
@@ -151,14 +151,28 @@ class Table:
     def __repr__(self) -> str:
         return f"Table({self.title})"
 
+# %% ../nbs/lib/15_tables.ipynb #211e9bd6
+def excerpt(
+    table: Table,
+    block: int = 0,  # place of the block
+    rows: slice = slice(None),
+    columns: int | None = None,  # the first ones; None for all
+) -> Table:  # without notes and numbers
+    "Take some rows and columns of a block, to look at."
+    heading, texts = table.blocks[block]
+    return Table(table.title, table.columns[:columns], [(heading, [row[:columns] for row in texts[rows]])], toy=table.toy)
+
 # %% ../nbs/lib/15_tables.ipynb #367fec7c
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Findings:
     "Sentences that follow from the numbers."
     sentences: list[str]
 
     def _repr_html_(self) -> str:
         return f'<style>{STYLE}</style><div class="dr">{notes_html(self.sentences)}</div>'
+
+    def __repr__(self) -> str:
+        return f"Findings({len(self.sentences)} sentences)"
 
 
 def percent(
