@@ -150,7 +150,7 @@ def log_records(
         rows += [dict(metric=k, value=v, unit=units.get(k, ""), **place) for k, v in values.items()]
     return rows
 
-# %% ../nbs/lib/13a_stages.ipynb #7f610595
+# %% ../nbs/lib/13a_stages.ipynb #00960ab5
 def teacher_text(
     run: Run,
     text: RunText,  # of the run
@@ -165,7 +165,7 @@ def teacher_text(
     (run.folder / "progress/corpus-teacher.json").unlink(missing_ok=True)
     return own
 
-
+# %% ../nbs/lib/13a_stages.ipynb #eec40ad6
 def teacher_stage(
     run: Run,
 ) -> pd.DataFrame:  # its records
