@@ -7,19 +7,19 @@ __all__ = ['REFERENCE', 'TERMS', 'kept_losses', 'other_changes', 'published_delt
            'held_out', 'budget', 'holes', 'what_is_missing', 'variant_name', 'ablation_notes', 'ablation_table',
            'ablation_findings', 'ablation_figure']
 
-# %% ../nbs/lib/15d_ablations.ipynb #e7399c09
+# %% ../nbs/lib/15d_ablations.ipynb #cf4ccb06
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .config import Settings, ablation_settings
+from .config import Loop, Settings, ablation_settings
 from .pictures import GREY
 from .records import Run, read_records
 from .stats import TaskResult, holm, interval, p_value
 from .tables import COLOURS, TASKS, Findings, Table, command, is_toy, number, published, results, with_interval
 
-# %% ../nbs/lib/15d_ablations.ipynb #0d74a9c0
+# %% ../nbs/lib/15d_ablations.ipynb #0b820d6f
 REFERENCE = "triple"  # the student that deltas are taken to
 TERMS = dict(ce="KL", mlm="MLM", cos="cosine")  # losses, as weights in the settings name them
 
@@ -35,11 +35,12 @@ def other_changes(
     settings: Settings,  # of one student
     base: Settings,  # of the run
 ) -> list[str]:  # such as `loss.temperature 3`
-    "List how a student's loss and shape differ from the run's, beside a loss left out and the first weights."
-    out = []
-    for section in ("loss", "student"):
+    "List how a student's loss, shape and training differ from the run's, beside a loss left out and the first weights."
+    out = ["no training"] * (settings.distil.epochs == 0)
+    for section in ("loss", "student", "distil"):
         mine, theirs = (getattr(s, section).model_dump() for s in (settings, base))
-        out += [f"{section}.{k} {v}" for k, v in mine.items() if v != theirs[k] and k != "init" and not (k.startswith("w_") and v == 0)]
+        changed = {k: v for k, v in mine.items() if v != theirs[k] and k not in ("init", "min_updates")}
+        out += [f"{section}.{k} {v}" for k, v in changed.items() if v != 0 or not k.startswith(("w_", "epochs"))]
     return out
 
 
@@ -52,15 +53,16 @@ def published_delta(
     same = rows.losses.map(set).eq(set(losses)) & rows.init.fillna("teacher").eq(init)
     return float(rows.delta[same].iloc[0]) if same.any() else float("nan")
 
-# %% ../nbs/lib/15d_ablations.ipynb #fbda82b6
+# %% ../nbs/lib/15d_ablations.ipynb #d4014545
 def variants(
     run: Run,
 ) -> pd.DataFrame:  # index name; `losses`, `init`, `other`, `published`
     "Describe the students of a run's ablation by what was changed; those of the paper where the run has none."
     s, rows = run.settings, []
+    common = s.model_copy(update=dict(distil=Loop(**s.distil.model_dump() | s.ablation.distil)))
     for name in s.ablation.students:
         mine = ablation_settings(s, name)
-        losses, init, other = kept_losses(mine), mine.student.init, other_changes(mine, s)
+        losses, init, other = kept_losses(mine), mine.student.init, other_changes(mine, common)
         delta = float("nan") if other else published_delta(losses, init)
         rows.append(dict(name=name, losses=losses, init=init, other=", ".join(other), published=delta))
     if not rows:
@@ -109,7 +111,7 @@ def deltas(
         out.loc[name, ["delta_low", "delta_high", "p", "reads"]] = low, high, p, reads
     return out
 
-# %% ../nbs/lib/15d_ablations.ipynb #b3ae21c9
+# %% ../nbs/lib/15d_ablations.ipynb #9730bfa2
 def held_out(
     run: Run,
 ) -> pd.DataFrame:  # index name; `mlm_loss`, `kl` in nats, `step`, `n` at the end of distillation
@@ -131,13 +133,14 @@ def budget(
     if ends.empty:
         return "No student of the ablation was distilled."
     s = ablation_settings(run.settings, ends.index[0])
-    size, longest, updates = s.distil.batch * s.distil.accumulation, s.data.max_len, sorted(set(ends.step))
+    size, longest, updates = s.distil.batch * s.distil.accumulation, s.data.max_len, sorted(set(ends.step) - {0}) or [0]
     cost = f"{updates[0]} updates, the same budget for all"
     if len(updates) > 1:
         cost = f"NOT the same budget, {updates[0]} to {updates[-1]} updates"
     most = f"at most {updates[-1] * size * longest / 1e6:.1f} million tokens"
     who = f"{len(ends)} of {len(run.settings.ablation.students)} students"
-    return f"Distilled: {who}; {cost}, of {size} sequences up to {longest} tokens: {most}."
+    still = "".join(f" Without any training: {name}." for name in ends.index[ends.step == 0])
+    return f"Distilled: {who}; {cost}, of {size} sequences up to {longest} tokens: {most}.{still}"
 
 # %% ../nbs/lib/15d_ablations.ipynb #618c21eb
 def holes(

@@ -7,7 +7,7 @@ __all__ = ['QUIET', 'Fraction', 'Positive', 'Weight', 'Count', 'TaskName', 'Seed
            'Interrupted', 'unknown', 'visible', 'markdown', 'brief', 'some', 'reason', 'Section', 'Data', 'Mask',
            'Loop', 'Teacher', 'Student', 'Loss', 'Finetune', 'Grid', 'Speed', 'SecondDistillation', 'Ablation',
            'ZeroShot', 'Forms', 'Settings', 'merge', 'preset_names', 'read_preset', 'override', 'fields_at', 'explain',
-           'finetune_for', 'ablation_settings', 'seeds_for', 'load_settings', 'job_groups']
+           'finetune_for', 'ablation_settings', 'teacher_data', 'seeds_for', 'load_settings', 'job_groups']
 
 # %% ../nbs/lib/01_config.ipynb #9f83b469
 import copy
@@ -143,10 +143,10 @@ class Mask(Section):
             raise ValueError(f"mask + keep + random must be 1, got {self.mask} + {self.keep} + {self.random}")
         return self
 
-# %% ../nbs/lib/01_config.ipynb #a657a881
+# %% ../nbs/lib/01_config.ipynb #7b1f8df0
 class Loop(Section):
     "One optimisation: batches, AdamW, schedule, guards."
-    epochs: Positive = 3  # passes over the corpus; may be a fraction
+    epochs: Weight = 3  # passes over the corpus; may be a fraction; 0: nothing is trained
     max_updates: int = Field(0, ge=0)  # stop after this many optimizer updates; 0: by epochs alone
     batch: Count = 5  # sequences in a micro-batch
     accumulation: Count = 50  # micro-batches in an update
@@ -166,11 +166,13 @@ class Loop(Section):
     threads: Count = 1  # fixed by the recipe, so that numbers do not depend on the machine's cores
     seed: int = 56
 
-# %% ../nbs/lib/01_config.ipynb #6d0e8bba
+# %% ../nbs/lib/01_config.ipynb #c9363b82
 class Teacher(Section):
     "The model to learn from: a folder or hub id, or a BERT of this shape trained in the run."
     path: str = "bert-base-uncased"  # `package:NAME` takes the model inside an installed package; empty: random BERT
-    train: bool = False  # train it (all weights and the MLM head) on the corpus first
+    train: bool = False  # train it (all weights and the MLM head) first
+    corpus: tuple[str, ...] = ()  # sets to train it on; empty: those of the student, as `data` names them
+    max_tokens: int = Field(0, ge=0)  # of its own sets; 0: all of them
     layers: Count = 12
     width: Count = 768
     heads: Count = 12
@@ -250,7 +252,7 @@ class Speed(Section):
     repeats: Count = 3  # interleaved passes of each model
     threads: Count = 1
 
-# %% ../nbs/lib/01_config.ipynb #c60961ed
+# %% ../nbs/lib/01_config.ipynb #e0f3f783
 class SecondDistillation(Section):
     "Fine-tuning on the labels and on the soft targets of a teacher fine-tuned before (run_squad_w_distillation.py)."
     tasks: tuple[TaskName, ...] = ()
@@ -261,8 +263,8 @@ class SecondDistillation(Section):
 
 
 class Ablation(Section):
-    "Other students of the same teacher, all with one budget."
-    students: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], dict[Literal["student", "loss"], dict[str, Any]]] = {}  # changes
+    "Other students of the same teacher, all with one budget unless they name their own."
+    students: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], dict[Literal["student", "loss", "distil"], dict[str, Any]]] = {}
     distil: dict[str, Any] = {}  # changes to `distil`, the same for all
     finetune: dict[str, Any] = {}  # changes to `finetune`, likewise
     tasks: tuple[TaskName, ...] = ()
@@ -417,7 +419,7 @@ def finetune_for(
     except ValidationError as e:
         raise UserError(f"finetune.tasks.{task}: {explain(e, Finetune)}") from None
 
-# %% ../nbs/lib/01_config.ipynb #7131b69f
+# %% ../nbs/lib/01_config.ipynb #474a6e00
 def ablation_settings(
     settings: Settings,
     name: str,  # one of `ablation.students`
@@ -426,12 +428,20 @@ def ablation_settings(
     ablation = settings.ablation
     if name not in ablation.students:
         raise unknown("student of the ablation", name, ablation.students)
-    changes = ablation.students[name] | dict(distil=ablation.distil, finetune=ablation.finetune)
-    values = merge(settings.model_dump(), changes) | dict(grid=dict(tasks=ablation.tasks, seeds=ablation.seeds, jobs=settings.grid.jobs))
+    common = merge(settings.model_dump(), dict(distil=ablation.distil, finetune=ablation.finetune))
+    values = merge(common, ablation.students[name]) | dict(grid=dict(tasks=ablation.tasks, seeds=ablation.seeds, jobs=settings.grid.jobs))
     try:
         return Settings(**values | dict(ablation={}, second={}))
     except ValidationError as e:
         raise UserError(f"ablation, student {name}: {explain(e, Settings)}") from None
+
+
+def teacher_data(
+    settings: Settings,
+) -> Data:  # that of the student, unless the teacher has sets of its own
+    "Return where the text comes from that the teacher is trained on."
+    args = settings.teacher
+    return settings.data.model_copy(update=dict(corpus=args.corpus, max_tokens=args.max_tokens)) if args.corpus else settings.data
 
 
 def seeds_for(

@@ -6,13 +6,13 @@
 __all__ = ['SHARE', 'CORPUS_WORDS', 'TRAIN_SIZE', 'EVAL_SIZE', 'TEXT_WORDS', 'teacher_shape', 'tokens_seen', 'tuning_tokens',
            'work_of', 'found', 'doctor']
 
-# %% ../nbs/lib/16a_doctor.ipynb #3fecff21
+# %% ../nbs/lib/16a_doctor.ipynb #76694b3a
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 
-from .config import Loop, Settings, UserError, ablation_settings, finetune_for, seeds_for
+from .config import Data, Loop, Settings, UserError, ablation_settings, finetune_for, seeds_for, teacher_data
 from .loading import check_folder, model_folder, read_object
 from .plan import jobs
 from .records import PACKAGES, hardware_card
@@ -44,19 +44,18 @@ def teacher_shape(
     vocab = stated.get("vocab_size", 700 if settings.data.source == "synthetic" else 30522)
     return dict(width=stated.get("hidden_size", t.width), layers=stated.get("num_hidden_layers", t.layers), vocab=vocab)
 
-# %% ../nbs/lib/16a_doctor.ipynb #d2345f61
+# %% ../nbs/lib/16a_doctor.ipynb #7eb3b67d
 def tokens_seen(
-    settings: Settings,
+    data: Data,
     loop: Loop,
 ) -> float:
     "Estimate the tokens of a pretraining."
-    data = settings.data
     words = 40 * data.documents if data.source == "synthetic" else sum(CORPUS_WORDS.get(c, 1e7) for c in data.corpus)
     size: float = data.max_tokens or words
     in_updates = (loop.max_updates or 10**12) * loop.batch * loop.accumulation * min(data.max_len, 60)
     return min(size * loop.epochs, in_updates)
 
-# %% ../nbs/lib/16a_doctor.ipynb #463b6208
+# %% ../nbs/lib/16a_doctor.ipynb #383d9e50
 def tuning_tokens(
     settings: Settings,
     tasks: tuple[str, ...],
@@ -79,14 +78,14 @@ def work_of(
     step, deep = layer * (c["layers"] + 3 * few) + 4 * vocabulary, c["layers"]
     others = [ablation_settings(s, name) for name in s.ablation.students]
     return {
-        "teacher": s.teacher.train * tokens_seen(s, s.teacher.loop) * (3 * layer * deep + 0.45 * vocabulary),
-        "distil": tokens_seen(s, s.distil) * step,
+        "teacher": s.teacher.train * tokens_seen(teacher_data(s), s.teacher.loop) * (3 * layer * deep + 0.45 * vocabulary),
+        "distil": tokens_seen(s.data, s.distil) * step,
         "finetune": tuning_tokens(s, s.grid.tasks) * layer * (deep + few),
         "second distillation": tuning_tokens(s, s.second.tasks) * layer * (deep / 3 + few),
-        "ablation": sum(tokens_seen(a, a.distil) * step + tuning_tokens(a, a.grid.tasks) * layer * few for a in others),
+        "ablation": sum(tokens_seen(a.data, a.distil) * step + tuning_tokens(a, a.grid.tasks) * layer * few for a in others),
     }
 
-# %% ../nbs/lib/16a_doctor.ipynb #5c1bcfef
+# %% ../nbs/lib/16a_doctor.ipynb #8eb2702d
 def found(
     settings: Settings,
 ) -> dict[str, str]:  # what -> where, or what is wrong with it
@@ -98,7 +97,7 @@ def found(
             check_folder(Path(out["teacher"]), ("bert",))
     except UserError as e:
         out["teacher"] = f"missing: {e}"
-    for name in dict.fromkeys([*data.corpus, data.heldout, *settings.grid.tasks]):
+    for name in dict.fromkeys([*data.corpus, *teacher_data(settings).corpus, data.heldout, *settings.grid.tasks]):
         split = "validation" if name == data.heldout else TASKS[name].train_split if name in TASKS else "train"
         if data.source == "local":
             try:

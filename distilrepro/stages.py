@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'unit_key', 'model_hash', 'alone', 'progress', 'RunText', 'corpora', 'save_model', 'log_records',
-           'teacher_stage', 'settings_of', 'distil_stage', 'model_card', 'tuned_folder', 'soft_targets', 'tune_on',
-           'finetune_stage', 'splits', 'one_unit', 'zeroshot_stage', 'cross', 'speed_stage', 'timed_folder',
+           'teacher_text', 'teacher_stage', 'settings_of', 'distil_stage', 'model_card', 'tuned_folder', 'soft_targets',
+           'tune_on', 'finetune_stage', 'splits', 'one_unit', 'zeroshot_stage', 'cross', 'speed_stage', 'timed_folder',
            'pass_records', 'size_records']
 
-# %% ../nbs/lib/13a_stages.ipynb #3f67d431
+# %% ../nbs/lib/13a_stages.ipynb #f38cedc8
 import hashlib
 import inspect
 import json
@@ -24,7 +24,9 @@ from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering, Au
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from .config import Finetune, Mask, SecondDistillation, Settings, UserError, ablation_settings, finetune_for, seeds_for
+from distilrepro.config import (
+    Finetune, Mask, SecondDistillation, Settings, UserError, ablation_settings, finetune_for, seeds_for, teacher_data,
+)
 from .corpus import TokenStore, build_store, input_marks, load_tokenizer
 from .distill import MaskedText, evaluate_mlm, fit, masked_text, threads
 from .finetune import (
@@ -148,13 +150,29 @@ def log_records(
         rows += [dict(metric=k, value=v, unit=units.get(k, ""), **place) for k, v in values.items()]
     return rows
 
-# %% ../nbs/lib/13a_stages.ipynb #188302f0
+# %% ../nbs/lib/13a_stages.ipynb #00960ab5
+def teacher_text(
+    run: Run,
+    text: RunText,  # of the run
+) -> TokenStore:  # what the teacher is trained on
+    "Tokenise the teacher's own sets, or open their store; the student's text where it has none."
+    data = teacher_data(run.settings)
+    if data == run.settings.data:
+        return text.train
+    with alone(run, "corpus-teacher"):
+        told = progress(run, "corpus-teacher")
+        own = build_store(data, text.tokenizer, data.corpus, "train", run.folder / "corpus/teacher", data.max_tokens, told)
+    (run.folder / "progress/corpus-teacher.json").unlink(missing_ok=True)
+    return own
+
+# %% ../nbs/lib/13a_stages.ipynb #eec40ad6
 def teacher_stage(
     run: Run,
 ) -> pd.DataFrame:  # its records
     "Load or train the teacher and measure it on held-out text; raises `UserError` when it does not fit tokenizer or text."
     args, text, out = run.settings.teacher, corpora(run), run.folder / "checkpoints/teacher"
-    key = unit_key(run.settings, teacher_stage, ("data", "teacher"), text.hash)
+    own = teacher_text(run, text)
+    key = unit_key(run.settings, teacher_stage, ("data", "teacher"), text.hash, own.content_hash)
     with alone(run, "teacher"):
         if is_done(run, "teacher", key) and out.is_dir():
             return read_records(run, "teacher")
@@ -166,12 +184,12 @@ def teacher_stage(
         if model.config.vocab_size < len(text.tokenizer):
             sizes = f"the tokenizer has {len(text.tokenizer)} words, the teacher {model.config.vocab_size}"
             raise UserError(f"{sizes}: their vocabularies differ; set data.tokenizer to the teacher's own")
-        longest, places = max(s.lengths.max() for s in (text.train, text.held.store)), model.config.max_position_embeddings
+        longest, places = max(s.lengths.max() for s in (text.train, own, text.held.store)), model.config.max_position_embeddings
         if places < longest:
             raise UserError(f"the text has sequences of {longest} tokens, the teacher positions for {places}; set data.max_len={places}")
         def evaluate(model): return evaluate_mlm(model, None, text.held)
         if args.train:
-            train = masked_text(text.train, text.tokenizer, args.mask, args.loop.seed)
+            train = masked_text(own, text.tokenizer, args.mask, args.loop.seed)
             steps, told = run.folder / "checkpoints/teacher-steps", progress(run, "teacher")
             model, log = pretrain(model, args, train, text.tokenizer, run.settings.data, steps, evaluate, key, told)
         else:

@@ -24,6 +24,7 @@ from distilrepro.tables import published
 N = 200
 STUDENTS = ("{triple: {}, x: {loss: {w_ce: 0}}, y: {loss: {w_cos: 0}}, z: {loss: {w_mlm: 0}}, r: {student: {init: random}}, "
             "hot: {loss: {w_ce: 0, temperature: 4}}, both: {loss: {w_ce: 0}, student: {init: random}}}")
+CONTROL = "{triple: {}, copied: {distil: {epochs: 0, min_updates: 0}}, long: {distil: {epochs: 7}}}"
 
 
 def answers(run, name, task, seed, wrong):
@@ -130,6 +131,17 @@ def test_budget_is_counted_and_unequal_budgets_are_said(run, tmp_path):
     assert held_out(run).loc["x", ["mlm_loss", "kl", "step"]].tolist() == [2, 1, 30]
     assert "5 of 7 students; 30 updates, the same budget for all, of 32 sequences up to 64 tokens: at most 0.1 million" in budget(run)
     assert "NOT the same budget, 30 to 61 updates" in budget(made_up(tmp_path / "uneven", dict(x=61)))
+
+
+def test_a_control_without_training_is_said_and_not_counted(tmp_path):
+    settings = load_settings("sanh2019", "smoke", (f"ablation={{students: {CONTROL}, distil: {{epochs: 2}}}}",))
+    run = create_run(tmp_path / "run", settings, tmp_path)
+    assert variants(run).other.to_dict() == dict(triple="", copied="no training", long="distil.epochs 7.0")
+    assert not variants(run).published.notna().any(), "the paper has no such student"
+    for name, step in dict(triple=30, copied=0, long=30).items():
+        rows = [dict(metric="kl", value=1.0, step=k) for k in {0, step}]
+        write_records(run, f"distil-{name}", rows, stage="distil", model=name, task="mlm", split="heldout", n=500)
+    assert "30 updates, the same budget for all" in budget(run) and budget(run).endswith("Without any training: copied.")
 
 
 def test_the_picture_has_a_row_for_every_student_but_the_reference(run):

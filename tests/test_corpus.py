@@ -240,12 +240,14 @@ def test_the_cut_takes_the_first_sequences_whole_before_the_shuffle(tmp_path, to
     assert part.lengths.sum() <= 1000 < part.lengths.sum() + len(in_order[n])
 
 
-def test_names_are_read_in_their_order(tmp_path, tokenizer):
+def test_a_cut_corpus_holds_lines_of_all_its_sets(tmp_path, tokenizer):
     write(tmp_path, "a", "train", ["the dog loves the cat ."] * 4)
-    write(tmp_path, "b", "train", ["the cat loves the dog ."] * 4)
-    data = local(tmp_path)
-    first = build_store(data, tokenizer, ["b", "a"], "train", tmp_path / "s", 4 * 8)
-    assert {tokenizer.decode(s, skip_special_tokens=True) for s in first} == {"the cat loves the dog."}
+    write(tmp_path, "b", "train", ["the cat loves the dog ."] * 2)
+    data, words = local(tmp_path), {"a": "the dog loves the cat.", "b": "the cat loves the dog."}
+    for names, tokens, want in ((["b", "a"], 3 * 8, "bba"), (["a", "b"], 3 * 8, "aab"), (["a", "b"], 0, "aaaabb"), (["b"], 0, "bb")):
+        store = build_store(data, tokenizer, names, "train", tmp_path / "s", tokens)
+        found = Counter(tokenizer.decode(s, skip_special_tokens=True) for s in store)
+        assert found == Counter(words[name] for name in want), "a line of each in turn; the longer one goes on alone"
 
 
 def test_a_store_is_reopened_not_rebuilt(tmp_path, tokenizer, monkeypatch):

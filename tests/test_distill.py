@@ -47,6 +47,16 @@ def pair(world):
     return student, distil_objective(student, teacher, text, Loss()), lambda: evaluate_mlm(student, teacher, held)
 
 
+def test_no_epochs_train_nothing(world, tmp_path):
+    student, objective, evaluate = pair(world)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    log = fit(student, objective, LOOP.model_copy(update=dict(epochs=0, min_updates=0)), tmp_path, evaluate)
+    assert [(e["step"], e["split"]) for e in log] == [(0, "heldout")] and not student.training
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    with pytest.raises(UserError, match="only 0 optimizer updates"):
+        fit(student, objective, LOOP.model_copy(update=dict(epochs=0)))
+
+
 def timeless(log):
     "A log without speeds."
     return [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in log]
