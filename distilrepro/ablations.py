@@ -7,7 +7,7 @@ __all__ = ['REFERENCE', 'TERMS', 'kept_losses', 'other_changes', 'published_delt
            'held_out', 'budget', 'holes', 'what_is_missing', 'variant_name', 'ablation_notes', 'ablation_table',
            'ablation_findings', 'ablation_figure']
 
-# %% ../nbs/lib/15d_ablations.ipynb #cf4ccb06
+# %% ../nbs/lib/15d_ablations.ipynb #303e4aca
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd

@@ -75,7 +75,7 @@ def with_size(
     "Write the headings, each with the examples that the run's own numbers rest on."
     return [f"{heading}\nown n: {examples_of(run, task)}" for (task, _), heading in columns.items()]
 
-# %% ../nbs/lib/15c_downstream.ipynb #15669f96
+# %% ../nbs/lib/15c_downstream.ipynb #48b672f0
 def metric_cells(
     run: Run,
     found: dict[Column, TaskResult | None],
@@ -192,7 +192,7 @@ def cornell_table(
     data = [*metric_data(found), *score_rows(run, ("mrpc",))]
     return Table("Table 1 of the Cornell poster", columns, blocks, notes, data, is_toy(run))
 
-# %% ../nbs/lib/15c_downstream.ipynb #f4cffef9
+# %% ../nbs/lib/15c_downstream.ipynb #67feed36
 def cornell_retention(
     run: Run,
 ) -> Table:

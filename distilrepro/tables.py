@@ -9,7 +9,7 @@ __all__ = ['GLUE', 'TASKS', 'OFFICIAL', 'TRAINING', 'METRIC', 'MODELS', 'COLOURS
            'column_name', 'coverage', 'speed_values', 'spread', 'faster', 'own_speed_rows', 'published_speed_blocks',
            'speed_table', 'speed_findings', 'save_table']
 
-# %% ../nbs/lib/15_tables.ipynb #c170c1f3
+# %% ../nbs/lib/15_tables.ipynb #c06c1741
 import html
 import json
 import shlex
@@ -72,7 +72,7 @@ def span(
     "Write the smallest and the largest of some counts."
     return "–".join(str(c) for c in sorted({min(counts), max(counts)})) if counts else "no"
 
-# %% ../nbs/lib/15_tables.ipynb #c3e5df9d
+# %% ../nbs/lib/15_tables.ipynb #3cd335b6
 STYLE = (
     ".dr{overflow-x:auto;max-width:100%}.dr table{border-collapse:collapse;font-size:.9rem;margin:.3rem 0}"
     ".dr-title{font-weight:600;margin:.6rem 0 .2rem}.dr thead small{white-space:normal}"
@@ -110,7 +110,7 @@ def notes_html(
     "Write sentences as an HTML list."
     return "<ul>" + "".join(f"<li>{html.escape(visible(n))}</li>" for n in notes) + "</ul>" if notes else ""
 
-# %% ../nbs/lib/15_tables.ipynb #675617dc
+# %% ../nbs/lib/15_tables.ipynb #cfad3c7e
 @dataclass(frozen=True, repr=False)
 class Table:
     "A table as a reader sees it, with the numbers behind it."
@@ -151,7 +151,7 @@ class Table:
     def __repr__(self) -> str:
         return f"Table({self.title})"
 
-# %% ../nbs/lib/15_tables.ipynb #211e9bd6
+# %% ../nbs/lib/15_tables.ipynb #17f307f4
 def excerpt(
     table: Table,
     block: int = 0,  # place of the block
@@ -162,7 +162,7 @@ def excerpt(
     heading, texts = table.blocks[block]
     return Table(table.title, table.columns[:columns], [(heading, [row[:columns] for row in texts[rows]])], toy=table.toy)
 
-# %% ../nbs/lib/15_tables.ipynb #367fec7c
+# %% ../nbs/lib/15_tables.ipynb #9197bef0
 @dataclass(frozen=True, repr=False)
 class Findings:
     "Sentences that follow from the numbers."
@@ -212,7 +212,7 @@ def published(
             rows.append(row | dict(source=one, label=SOURCES.get(one, one)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/lib/15_tables.ipynb #07614790
+# %% ../nbs/lib/15_tables.ipynb #1977b897
 _known: dict[tuple, tuple] = {}
 
 
