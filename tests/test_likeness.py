@@ -64,7 +64,8 @@ def run(tmp_path_factory):
     return run
 
 
-rows = arrays(float, 7, elements=st.floats(0, 1)).filter(lambda v: v.sum() > 0.1).map(lambda v: v / v.sum())
+# without subnormal numbers: half of the smallest is 0, and scipy divides by it
+rows = arrays(float, 7, elements=st.floats(0, 1, allow_subnormal=False)).filter(lambda v: v.sum() > 0.1).map(lambda v: v / v.sum())
 
 
 @settings(max_examples=80)
