@@ -24,7 +24,7 @@ test: .venv/dev ## lint, types, notebooks, pytest; prints how many and how long
 	@$(BIN)/python tests/run.py
 
 torture: .venv/dev ## the tests of faults with many faults; prints a table and writes results/torture/faults.jsonl
-	@$(BIN)/python -m pytest --torture -n 2 --dist worksteal -rs $(sort $(wildcard tests/test_faults_*.py))
+	@$(BIN)/python -m pytest --torture -n 2 --dist load -rs $(sort $(wildcard tests/test_faults_*.py))
 
 docs: .venv/dev ## the site, to _docs/index.html
 	@$(BIN)/python docs/build.py
