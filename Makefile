@@ -17,8 +17,8 @@ unexport PRESET SCALE DATA RUN
 help: ## list the doors
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
-reproduce: .venv/run ## the whole story, to runs/RUN/report.html (PRESET=quick SCALE= DATA= RUN=)
-	@$(BIN)/distilrepro reproduce $(call option,preset,PRESET) $(call option,scale,SCALE) $(call option,data,DATA) $(call option,run,RUN)
+reproduce: .venv/run ## the whole story, to runs/RUN/report.html (PRESET=quick SCALE= DATA= RUN= DRY=1 to see what is due)
+	@$(BIN)/distilrepro reproduce $(call option,preset,PRESET) $(call option,scale,SCALE) $(call option,data,DATA) $(call option,run,RUN) $(if $(DRY),--dry-run)
 
 test: .venv/dev ## lint, types, notebooks, pytest; prints how many and how long
 	@$(BIN)/python tests/run.py

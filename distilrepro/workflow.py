@@ -170,7 +170,7 @@ def first_error(
     log = run.folder / "workflow.log"
     return RuntimeError(f"the workflow failed; its log is {log}. Nothing computed is lost: run the same command again")
 
-# %% ../nbs/lib/16_workflow.ipynb #14e1833b
+# %% ../nbs/lib/16_workflow.ipynb #b86c4cdb
 def prepare(
     settings: Settings,
     folder: Path,  # the run folder
@@ -193,7 +193,7 @@ def reproduce(
     with locked(folder) as lock:
         run = prepare(settings, folder)
         for path in mend(run):
-            Console(stderr=True).print(f"{path} is damaged; it is made anew", markup=False)
+            Console(stderr=True).print(f"{path} is damaged or gone; it is made anew", markup=False)
         command = [
             sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(run.folder),
             "--cores", str(cores or len(os.sched_getaffinity(0))), "--config", f"root={root}", "--rerun-triggers", "mtime",

@@ -1,6 +1,7 @@
 "The whole story from an empty folder, killed on the way, against the same stages done in this process without a break."
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from distilrepro import plan
+from distilrepro.again import compare
 from distilrepro.records import Run, create_run, read_records
 from distilrepro.stages import distil_stage, finetune_stage, teacher_stage
 
@@ -23,10 +25,10 @@ BUDGET = (
 COMMAND = [sys.executable, "-c", "from distilrepro.cli import main; main()"]
 
 
-def reproduce(folder):
+def reproduce(folder, *more):
     "Start the command on a run folder, in a process group of its own."
     sets = [word for value in BUDGET for word in ("--set", value)]
-    words = ["reproduce", "--preset", "sanh2019", "--scale", "smoke", "--run", str(folder), "--cores", "2", *sets]
+    words = ["reproduce", "--preset", "sanh2019", "--scale", "smoke", "--run", str(folder), "--cores", "2", *sets, *more]
     return subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -112,6 +114,16 @@ def test_a_second_call_does_nothing(story):
     before = state()
     end(reproduce(folder))
     assert state() == before
+
+
+def test_what_somebody_deleted_is_said_made_again_and_the_same(story, tmp_path):
+    run = story[0]
+    shutil.copytree(run.folder / "records", tmp_path / "records")
+    (run.folder / "records/components.jsonl").unlink()
+    assert "damaged or gone: records/components.jsonl" in " ".join(end(reproduce(run.folder, "--dry-run")).replace("│", " ").split())
+    assert not (run.folder / "records/components.jsonl").exists(), "it only looked"
+    end(reproduce(run.folder))
+    assert set(compare(run.folder, tmp_path).state) == {"same"}
 
 
 def test_papermill_by_hand_works_and_a_misspelt_parameter_is_named(story, tmp_path):
