@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['TABLES', 'ANALYSES', 'SECTIONS', 'EXTRAS', 'checkout', 'Job', 'tuned_units', 'tuning_jobs', 'ablation_jobs',
            'analysis_jobs', 'table_jobs', 'asks_for_forms', 'jobs', 'keys_of', 'write_keys', 'writable', 'places',
-           'execute', 'run_job']
+           'spend', 'execute', 'run_job']
 
-# %% ../nbs/lib/13b_plan.ipynb #51c3fec0
+# %% ../nbs/lib/13b_plan.ipynb #547460f6
 import hashlib
 import json
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -194,7 +196,18 @@ def places(
         folder.mkdir(parents=True, exist_ok=True)
     return {k: str(v) for k, v in own.items()}
 
-# %% ../nbs/lib/13b_plan.ipynb #c78498db
+# %% ../nbs/lib/13b_plan.ipynb #f1737117
+def spend(
+    run: Run,
+    job: Job,
+    seconds: float,
+) -> None:
+    "Note the time of one try at a job; a disk that is full must not hide why the try failed."
+    line = json.dumps(dict(job=job.name, seconds=round(seconds, 1), threads=job.threads)) + "\n"
+    with suppress(OSError), open(run.folder / "spent.jsonl", "a", encoding="utf-8") as f:
+        f.write(line)
+
+
 def execute(
     run: Run,
     job: Job,
@@ -206,7 +219,7 @@ def execute(
 
     target, work, failed = (run.folder / "notebooks" / name.format(job.name) for name in ("{}.ipynb", ".{}.part.ipynb", "{}.failed.ipynb"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    parameters = {"run": str(run.folder)} | job.parameters
+    parameters, begun = {"run": str(run.folder)} | job.parameters, time.monotonic()
     os.environ |= QUIET | places(run)
     source, out = (str(p).replace("{", "{{").replace("}", "}}") for p in (root / "nbs" / job.notebook, work))  # papermill formats paths
     try:
@@ -217,6 +230,8 @@ def execute(
         raise RuntimeError(f"the process of notebook {job.name} was ended from outside: by a signal, or for want of memory") from None
     except OSError as e:
         raise RuntimeError(f"could not write {target}: {e.strerror}; free space, then run again") from None
+    finally:
+        spend(run, job, time.monotonic() - begun)
     failed.unlink(missing_ok=True)  # of an earlier try
     return work.rename(target)
 

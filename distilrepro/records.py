@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'PACKAGE', 'write_atomic', 'atomic_folder', 'Record', 'hardware_card', 'git_state', 'provenance', 'now',
-           'imported_rooms', 'code_hash', 'notebook_code', 'Run', 'create_run', 'locked', 'write_records', 'read_unit',
-           'read_records', 'is_done', 'write_predictions', 'read_predictions', 'read_rows', 'find_run', 'start']
+           'imported_rooms', 'essence', 'code_hash', 'notebook_code', 'Run', 'create_run', 'locked', 'write_records',
+           'read_unit', 'read_records', 'is_done', 'write_predictions', 'read_predictions', 'read_rows', 'find_run',
+           'start']
 
-# %% ../nbs/lib/02_records.ipynb #6cb184b7
+# %% ../nbs/lib/02_records.ipynb #69b95fbd
 import ast
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -34,7 +36,7 @@ import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from .config import Section, Settings, UserError, unknown
+from .config import Section, Settings, UserError, some, unknown
 from .seals import seal
 
 # %% ../nbs/lib/02_records.ipynb #84119332
@@ -190,7 +192,7 @@ def now() -> str:  # ISO 8601, UTC, to the second
     "Return the time as records carry it."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../nbs/lib/02_records.ipynb #9f3f0f6d
+# %% ../nbs/lib/02_records.ipynb #b5062960
 PACKAGE = Path(__file__).parent if "__file__" in globals() else Path("../../distilrepro").resolve()
 
 
@@ -208,15 +210,28 @@ def imported_rooms(
     return rooms
 
 
+@cache
+def essence(
+    source: str,  # Python text
+) -> str:  # likewise
+    "Strip code of comments, docstrings and layout: what is left is what decides a number."
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
 def code_hash(
     source: str,  # text of the code that starts from these rooms, such as a notebook's cells
 ) -> str:  # twelve hex digits
-    "Hash a piece of code with all rooms it reaches."
-    todo, texts = imported_rooms(source), {"": source}
+    "Hash a piece of code with all rooms it reaches; a changed comment changes nothing."
+    todo, texts = imported_rooms(source), {"": essence(source)}
     while todo - texts.keys():
         room = min(todo - texts.keys())
-        texts[room] = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
-        todo |= imported_rooms(texts[room])
+        text = (PACKAGE / f"{room}.py").read_text(encoding="utf-8")
+        texts[room] = essence(text)
+        todo |= imported_rooms(text)
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -303,15 +318,17 @@ def _flocked(f: IO) -> bool:
         return False
     return True
 
-# %% ../nbs/lib/02_records.ipynb #269b0a11
+# %% ../nbs/lib/02_records.ipynb #5336a363
 def write_records(
     run: Run,
     unit: str,  # name of the unit, such as `finetune-student-cola-1`
     records: list[dict],  # what was measured: model, metric, value and what else applies
     **common,  # fields that all of them share: stage, config_hash, ...
 ) -> list[Record]:
-    "Write the records of a unit whole, completed with run, preset, scale, hardware and time."
+    "Write the records of a unit whole, completed with run, preset, scale, hardware and time; raises `RuntimeError` for a value not finite."
     s = run.settings
+    if odd := sorted({r["metric"] for r in records if not math.isfinite(r.get("value", 0))}):  # JSON has no such numbers
+        raise RuntimeError(f"{unit}: {some(odd)} came out infinite or as no number, so nothing is recorded; look at its training")
     base = dict(run=run.name, preset=s.preset, scale=s.scale, hardware=run.provenance["hardware"]["name"], created=now()) | common
     check = _check(done := [Record(**(base | r)) for r in records])
     done = [r.model_copy(update={"check": check}) for r in done]

@@ -7,11 +7,12 @@ __all__ = ['PAGE_STYLE', 'SEEN', 'SAID', 'INSIDE', 'CALLS', 'EXPECTED', 'WATTS',
            'read_section', 'read_sections', 'summary', 'summary_markdown', 'provenance_html', 'record_cost', 'cost',
            'lead_html', 'write_report']
 
-# %% ../nbs/lib/15z_report.ipynb #84004c6c
+# %% ../nbs/lib/15z_report.ipynb #7f886ec3
 import base64
 import html
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +23,6 @@ import yaml
 from .config import UserError, markdown, visible
 from .glue import macro, retained, shared_tasks
 from .losses import departures
-from .plan import jobs
 from .records import Run, read_records, write_atomic, write_records
 from .tables import TOY, command, is_toy, number, percent, results, span, speed_values
 
@@ -200,21 +200,21 @@ def provenance_html(
     text = html.escape(visible(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)))
     return f"<dl>{listed}</dl><details><summary>all settings</summary><pre>{text}</pre></details>"
 
-# %% ../nbs/lib/15z_report.ipynb #7c1244c4
+# %% ../nbs/lib/15z_report.ipynb #754c9a6c
 WATTS = 10  # of a busy core with its share of memory and supply: an assumption, some 200 to 300 W for a server of 24 to 32 cores
 
 
 def record_cost(
     run: Run,
 ) -> None:
-    "Keep how long each executed notebook took, and on how many cores."
-    threads = {j.name: j.threads for j in jobs(run.settings)}
-    rows = []
-    for path in sorted((run.folder / "notebooks").glob("*.ipynb")):
-        seconds = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}).get("papermill", {}).get("duration")
-        if path.stem in threads and seconds:
-            rows.append(dict(model="all", task=path.stem, metric="wall_s", value=seconds, unit="s", threads=threads[path.stem]))
-    if rows:
+    "Add up how long the tries at each notebook took, and on how many cores."
+    path, tries = run.folder / "spent.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):  # a power cut may leave half a line
+            tries.append(json.loads(line))
+    if tries:
+        sums = pd.DataFrame(tries).groupby(["job", "threads"]).seconds.sum()
+        rows = [dict(model="all", task=job, metric="wall_s", value=s, unit="s", threads=n) for (job, n), s in sums.items()]
         write_records(run, "cost", rows, stage="report")
 
 
@@ -227,7 +227,7 @@ def cost(
         return ""
     hours = (took.value * took.threads).sum() / 3600
     return (
-        f"Its {len(took)} notebooks took {hours:.2g} core-hours on {took.hardware.iloc[0]}, counted from each one's last start: "
+        f"Its {took.task.nunique()} notebooks took {hours:.2g} core-hours on {took.hardware.iloc[0]}, every try counted: "
         f"about {hours * WATTS / 1000:.2g} kWh, if a core takes {WATTS} W, which was not metered."
     )
 

@@ -78,7 +78,8 @@ def test_macro_and_delta_against_hand_computation(run):
     assert m.macro["triple"] == pytest.approx(1 - (45 + 49) / 2 / N) and m.macro["x"] == pytest.approx(1 - (90 + 94) / 2 / N)
     assert m.delta["x"] == pytest.approx(-45 / N) and m.delta["y"] == pytest.approx(-1 / N) and m.delta[REFERENCE] == 0
     assert m.delta["hot"] == pytest.approx(25 / N) and set(m.index) == {"triple", "x", "y", "hot", "both"}
-    text = {row[0].split("\n")[1]: row[5].split("\n")[0] for row in ablation_table(run).blocks[0][1]}
+    def name(label): return label.split("(")[1].split(")")[0] if "(" in label else label.split("\n")[1]
+    text = {name(row[0]): row[5].split("\n")[0] for row in ablation_table(run).blocks[0][1]}
     assert text == dict(triple="0", x="-22.50", y="-0.50", z="missing", r="missing", hot="12.50", both="-12.50")
 
 
@@ -129,8 +130,21 @@ def test_a_run_without_ablation_shows_the_papers_variants_as_missing(tmp_path):
 
 def test_budget_is_counted_and_unequal_budgets_are_said(run, tmp_path):
     assert held_out(run).loc["x", ["mlm_loss", "kl", "step"]].tolist() == [2, 1, 30]
-    assert "5 of 7 students; 30 updates, the same budget for all, of 32 sequences up to 64 tokens: at most 0.1 million" in budget(run)
-    assert "NOT the same budget, 30 to 61 updates" in budget(made_up(tmp_path / "uneven", dict(x=61)))
+    assert "5 of 7 students; the same text for all, 960 sequences up to 64 tokens, in 30 updates." in budget(run)
+    said = budget(made_up(tmp_path / "uneven", dict(x=61)))
+    assert "NOT the same text, 960 to 1,952 sequences" in said and "30 updates (x: 61)" in said
+
+
+@pytest.mark.parametrize("tiny, same", [(27, True), (26, False), (435, False)])
+def test_the_same_text_in_fewer_updates_is_told_from_less_text(tmp_path, tiny, same):
+    "435 micro-batches of 16 are 27 updates of 256 sequences and a rest that is not full."
+    students = "{triple: {distil: {batch: 16, accumulation: 1}}, tiny: {distil: {batch: 16, accumulation: 16}}}"
+    run = create_run(tmp_path / "run", load_settings("sanh2019", "smoke", (f"ablation={{students: {students}}}",)), tmp_path)
+    for name, step in dict(triple=435, tiny=tiny).items():
+        rows = [dict(metric="kl", value=1.0, step=step)]
+        write_records(run, f"distil-{name}", rows, stage="distil", model=name, task="mlm", split="heldout", n=500)
+    assert ("the same text for all, 6,960 sequences" in budget(run)) == same and ("NOT the same text" in budget(run)) != same
+    assert (f"435 updates (tiny: {tiny})" in budget(run)) == (tiny != 435)
 
 
 def test_a_control_without_training_is_said_and_not_counted(tmp_path):
@@ -141,7 +155,7 @@ def test_a_control_without_training_is_said_and_not_counted(tmp_path):
     for name, step in dict(triple=30, copied=0, long=30).items():
         rows = [dict(metric="kl", value=1.0, step=k) for k in {0, step}]
         write_records(run, f"distil-{name}", rows, stage="distil", model=name, task="mlm", split="heldout", n=500)
-    assert "30 updates, the same budget for all" in budget(run) and budget(run).endswith("Without any training: copied.")
+    assert "the same text for all" in budget(run) and budget(run).endswith("in 30 updates. Without any training: copied.")
 
 
 def test_the_picture_has_a_row_for_every_student_but_the_reference(run):
