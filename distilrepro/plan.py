@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLES', 'ANALYSES', 'SECTIONS', 'EXTRAS', 'checkout', 'Job', 'tuned_units', 'tuning_jobs', 'ablation_jobs',
            'analysis_jobs', 'table_jobs', 'asks_for_forms', 'jobs', 'keys_of', 'write_keys', 'writable', 'places',
-           'spend', 'execute', 'run_job']
+           'clocks', 'spend', 'execute', 'run_job']
 
 # %% ../nbs/lib/13b_plan.ipynb #547460f6
 import hashlib
@@ -196,18 +196,23 @@ def places(
         folder.mkdir(parents=True, exist_ok=True)
     return {k: str(v) for k, v in own.items()}
 
-# %% ../nbs/lib/13b_plan.ipynb #f1737117
+# %% ../nbs/lib/13b_plan.ipynb #be9dad9f
+def clocks() -> tuple[float, float]:  # seconds: on the clock, and of processors (this process and its ended children)
+    "Read the time."
+    return time.monotonic(), sum(os.times()[:4])
+
+
 def spend(
     run: Run,
     job: Job,
-    seconds: float,
+    begun: tuple[float, float],  # the clocks when the try began
 ) -> None:
     "Note the time of one try at a job; a disk that is full must not hide why the try failed."
-    line = json.dumps(dict(job=job.name, seconds=round(seconds, 1), threads=job.threads)) + "\n"
+    wall, cpu = (round(now - then, 1) for now, then in zip(clocks(), begun, strict=True))
     with suppress(OSError), open(run.folder / "spent.jsonl", "a", encoding="utf-8") as f:
-        f.write(line)
+        f.write(json.dumps(dict(job=job.name, wall_s=wall, cpu_s=cpu)) + "\n")
 
-
+# %% ../nbs/lib/13b_plan.ipynb #4245f83a
 def execute(
     run: Run,
     job: Job,
@@ -219,7 +224,7 @@ def execute(
 
     target, work, failed = (run.folder / "notebooks" / name.format(job.name) for name in ("{}.ipynb", ".{}.part.ipynb", "{}.failed.ipynb"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    parameters, begun = {"run": str(run.folder)} | job.parameters, time.monotonic()
+    parameters, begun = {"run": str(run.folder)} | job.parameters, clocks()
     os.environ |= QUIET | places(run)
     source, out = (str(p).replace("{", "{{").replace("}", "}}") for p in (root / "nbs" / job.notebook, work))  # papermill formats paths
     try:
@@ -231,7 +236,7 @@ def execute(
     except OSError as e:
         raise RuntimeError(f"could not write {target}: {e.strerror}; free space, then run again") from None
     finally:
-        spend(run, job, time.monotonic() - begun)
+        spend(run, job, begun)
     failed.unlink(missing_ok=True)  # of an earlier try
     return work.rename(target)
 

@@ -200,21 +200,21 @@ def provenance_html(
     text = html.escape(visible(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)))
     return f"<dl>{listed}</dl><details><summary>all settings</summary><pre>{text}</pre></details>"
 
-# %% ../nbs/lib/15z_report.ipynb #754c9a6c
+# %% ../nbs/lib/15z_report.ipynb #1e7e3b0d
 WATTS = 10  # of a busy core with its share of memory and supply: an assumption, some 200 to 300 W for a server of 24 to 32 cores
 
 
 def record_cost(
     run: Run,
 ) -> None:
-    "Add up how long the tries at each notebook took, and on how many cores."
+    "Add up what the tries at each notebook took: time on the clock and time of processors."
     path, tries = run.folder / "spent.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         with suppress(ValueError):  # a power cut may leave half a line
             tries.append(json.loads(line))
     if tries:
-        sums = pd.DataFrame(tries).groupby(["job", "threads"]).seconds.sum()
-        rows = [dict(model="all", task=job, metric="wall_s", value=s, unit="s", threads=n) for (job, n), s in sums.items()]
+        sums = pd.DataFrame(tries).groupby("job")[["wall_s", "cpu_s"]].sum().stack()
+        rows = [dict(model="all", task=job, metric=clock, value=seconds, unit="s") for (job, clock), seconds in sums.items()]
         write_records(run, "cost", rows, stage="report")
 
 
@@ -222,12 +222,12 @@ def cost(
     run: Run,
 ) -> str:  # a sentence; empty where no notebook says how long it took
     "Say what a run took, in core-hours and roughly in energy."
-    took = read_records(run, "cost")
+    took = read_records(run, "cost").query("metric == 'cpu_s'")
     if took.empty:
         return ""
-    hours = (took.value * took.threads).sum() / 3600
+    hours = took.value.sum() / 3600
     return (
-        f"Its {took.task.nunique()} notebooks took {hours:.2g} core-hours on {took.hardware.iloc[0]}, every try counted: "
+        f"Its {len(took)} notebooks took {hours:.2g} core-hours on {took.hardware.iloc[0]}, every try counted: "
         f"about {hours * WATTS / 1000:.2g} kWh, if a core takes {WATTS} W, which was not metered."
     )
 

@@ -76,7 +76,7 @@ def last_update(
     found = rows[(rows.split == "train") & rows.step.notna()].step
     return int(found.max()) if len(found) else 0
 
-# %% ../nbs/lib/15bb_setting.ipynb #f03b0455
+# %% ../nbs/lib/15bb_setting.ipynb #4dc83fe4
 def sizes_said(
     run: Run,
 ) -> dict[str, str]:  # model -> such as `\n22.7 M parameters`; empty where it was not counted
@@ -93,8 +93,8 @@ def own_setting(
     batch, own_text = s.distil.batch * s.distil.accumulation, s.teacher.corpus or s.data.corpus
     read = f"\n{s.teacher.max_tokens / 1e6:.1f} M tokens of {' + '.join(own_text)}" if s.teacher.max_tokens else ""
     trained = f"{last_update(run, 'teacher'):,} updates{read}" if s.teacher.train or not s.teacher.path else "none"
-    spent = read_records(run, "cost")
-    hours = f"\n{(spent.value * spent.threads).sum() / 3600:.2g} core-hours in all" if len(spent) else ""
+    spent = read_records(run, "cost").query("metric == 'cpu_s'").value
+    hours = f"\n{spent.sum() / 3600:.2g} core-hours in all" if len(spent) else ""
     return {
         "Teacher": (s.teacher.path or "trained in the run").removeprefix("package:") + size["teacher"],
         "Its training here": trained,

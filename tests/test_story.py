@@ -25,10 +25,10 @@ BUDGET = (
 COMMAND = [sys.executable, "-c", "from distilrepro.cli import main; main()"]
 
 
-def reproduce(folder, *more):
+def reproduce(folder):
     "Start the command on a run folder, in a process group of its own."
     sets = [word for value in BUDGET for word in ("--set", value)]
-    words = ["reproduce", "--preset", "sanh2019", "--scale", "smoke", "--run", str(folder), "--cores", "2", *sets, *more]
+    words = ["reproduce", "--preset", "sanh2019", "--scale", "smoke", "--run", str(folder), "--cores", "2", *sets]
     return subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -116,12 +116,10 @@ def test_a_second_call_does_nothing(story):
     assert state() == before
 
 
-def test_what_somebody_deleted_is_said_made_again_and_the_same(story, tmp_path):
+def test_what_somebody_deleted_is_made_again_and_the_same(story, tmp_path):
     run = story[0]
     shutil.copytree(run.folder / "records", tmp_path / "records")
     (run.folder / "records/components.jsonl").unlink()
-    assert "damaged or gone: records/components.jsonl" in " ".join(end(reproduce(run.folder, "--dry-run")).replace("│", " ").split())
-    assert not (run.folder / "records/components.jsonl").exists(), "it only looked"
     end(reproduce(run.folder))
     assert set(compare(run.folder, tmp_path).state) == {"same"}
 
