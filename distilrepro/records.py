@@ -192,7 +192,7 @@ def now() -> str:  # ISO 8601, UTC, to the second
     "Return the time as records carry it."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../nbs/lib/02_records.ipynb #b5062960
+# %% ../nbs/lib/02_records.ipynb #101fa68f
 PACKAGE = Path(__file__).parent if "__file__" in globals() else Path("../../distilrepro").resolve()
 
 
@@ -221,7 +221,7 @@ def essence(
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
-
+# %% ../nbs/lib/02_records.ipynb #e3919179
 def code_hash(
     source: str,  # text of the code that starts from these rooms, such as a notebook's cells
 ) -> str:  # twelve hex digits
