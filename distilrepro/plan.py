@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['TABLES', 'ANALYSES', 'SECTIONS', 'EXTRAS', 'checkout', 'Job', 'tuned_units', 'tuning_jobs', 'ablation_jobs',
            'analysis_jobs', 'table_jobs', 'asks_for_forms', 'jobs', 'keys_of', 'write_keys', 'writable', 'places',
-           'clocks', 'spend', 'execute', 'run_job']
+           'clocks', 'spend', 'metered', 'execute', 'run_job']
 
-# %% ../nbs/lib/13b_plan.ipynb #547460f6
+# %% ../nbs/lib/13b_plan.ipynb #221aef6d
 import hashlib
 import json
 import os
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+
+import psutil
 
 from .config import QUIET, Interrupted, Settings, UserError, ablation_settings, job_groups, seeds_for, unknown
 from .records import Run, code_hash, notebook_code, write_atomic
@@ -196,23 +200,50 @@ def places(
         folder.mkdir(parents=True, exist_ok=True)
     return {k: str(v) for k, v in own.items()}
 
-# %% ../nbs/lib/13b_plan.ipynb #be9dad9f
-def clocks() -> tuple[float, float]:  # seconds: on the clock, and of processors (this process and its ended children)
+# %% ../nbs/lib/13b_plan.ipynb #f51a1d4c
+def clocks() -> tuple[float, float]:  # seconds: on the clock, and of processors (this process and all that it started)
     "Read the time."
-    return time.monotonic(), sum(os.times()[:4])
+    times = [os.times()[:4]]  # own, and of children that have ended
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            times.append(child.cpu_times()[:4])
+    return time.monotonic(), sum(map(sum, times))
 
 
 def spend(
     run: Run,
     job: Job,
-    begun: tuple[float, float],  # the clocks when the try began
-) -> None:
-    "Note the time of one try at a job; a disk that is full must not hide why the try failed."
-    wall, cpu = (round(now - then, 1) for now, then in zip(clocks(), begun, strict=True))
+    begun: tuple[float, float],  # the clocks when this part of a try began
+) -> tuple[float, float]:  # the clocks now
+    "Note the time of a part of a try at a job; a disk that is full must not hide why the try failed."
+    now = clocks()
+    wall, cpu = (round(late - early, 1) for late, early in zip(now, begun, strict=True))
     with suppress(OSError), open(run.folder / "spent.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(dict(job=job.name, wall_s=wall, cpu_s=cpu)) + "\n")
+    return now
 
-# %% ../nbs/lib/13b_plan.ipynb #4245f83a
+
+@contextmanager
+def metered(
+    run: Run,
+    job: Job,
+    every: float = 60.0,  # seconds
+) -> Iterator[None]:
+    "Note what a try at a job takes, a line at a time while it lasts."
+    over, begun = threading.Event(), clocks()
+    def watch(last):
+        while not over.wait(every):
+            last = spend(run, job, last)
+        spend(run, job, last)
+    thread = threading.Thread(target=watch, args=(begun,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+# %% ../nbs/lib/13b_plan.ipynb #e058a409
 def execute(
     run: Run,
     job: Job,
@@ -224,19 +255,18 @@ def execute(
 
     target, work, failed = (run.folder / "notebooks" / name.format(job.name) for name in ("{}.ipynb", ".{}.part.ipynb", "{}.failed.ipynb"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    parameters, begun = {"run": str(run.folder)} | job.parameters, clocks()
+    parameters = {"run": str(run.folder)} | job.parameters
     os.environ |= QUIET | places(run)
     source, out = (str(p).replace("{", "{{").replace("}", "}}") for p in (root / "nbs" / job.notebook, work))  # papermill formats paths
     try:
-        papermill.execute_notebook(source, out, parameters, kernel_name="python3", progress_bar=False, cwd=str(root))
+        with metered(run, job):
+            papermill.execute_notebook(source, out, parameters, kernel_name="python3", progress_bar=False, cwd=str(root))
     except papermill.PapermillExecutionError as e:
         raise _error(e.ename, e.evalue, work.rename(failed)) from None
     except DeadKernelError:
         raise RuntimeError(f"the process of notebook {job.name} was ended from outside: by a signal, or for want of memory") from None
     except OSError as e:
         raise RuntimeError(f"could not write {target}: {e.strerror}; free space, then run again") from None
-    finally:
-        spend(run, job, begun)
     failed.unlink(missing_ok=True)  # of an earlier try
     return work.rename(target)
 
