@@ -383,7 +383,7 @@ def step_parts(
 ) -> pd.DataFrame:  # index part: part_s, flops; the last row is a step as training makes it
     "Time the parts of our step in this process."
     ours = Ours(work, folder)
-    ids = deal(work, ours.store.lengths, True, 1)[0]
+    ids = deal(work, ours.store.lengths, True, 1)[1]
     found = pd.DataFrame([_apart(ours, ids) | {"whole step": time_call(lambda: ours.step(ids))} for _ in range(repeats + 1)])
     lengths = ours.store.lengths[ids]
     n, d = lengths.sum(), work.width

@@ -123,7 +123,7 @@ def work_flops(
     layers = sum(int(n) * (flops_per_token(teacher, int(n)) + 3 * flops_per_token(student, int(n))) for n in lengths)
     return layers + int(np.sum(lengths)) * 4 * 2 * work.width * (work.width + work.vocab)
 
-# %% ../nbs/lib/13c_peers.ipynb #89184070
+# %% ../nbs/lib/13c_peers.ipynb #c4213cda
 def deal(
     work: Work,
     lengths: np.ndarray,  # tokens of each sequence of the corpus
@@ -135,9 +135,9 @@ def deal(
     if len(plan) <= steps:
         raise UserError(f"{work.sequences} sequences make {len(plan)} batches of {work.batch}: too few for a warm-up and {steps} steps")
     plan.sort(key=lambda ids: lengths[ids].mean())
-    middle = plan.pop(len(plan) // 2)
+    longest = plan.pop()
     even = [plan[int((i + 0.5) * len(plan) / steps)] for i in range(steps)]
-    return [middle, *(even[i] for i in np.random.default_rng(work.seed).permutation(steps))]
+    return [longest, *(even[i] for i in np.random.default_rng(work.seed).permutation(steps))]
 
 # %% ../nbs/lib/13c_peers.ipynb #719cf3bb
 class Contender(ABC):
