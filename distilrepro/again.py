@@ -93,7 +93,7 @@ def unlike(
         return "the predictions"
     return ""
 
-# %% ../nbs/lib/16b_again.ipynb #57b2cbd0
+# %% ../nbs/lib/16b_again.ipynb #67eab473
 def compare(
     mine: Path,  # a run's folder
     theirs: Path,  # likewise, or published results
@@ -103,12 +103,12 @@ def compare(
     for folder, found in zip((mine, theirs), units, strict=True):
         if not found:
             raise UserError(f"{folder} holds no records; give the folder of a run or of published results, such as results/quick")
-    rows = []
-    for unit in sorted(units[0] | units[1]):
-        how = unlike(mine, theirs, unit) if unit in units[0] & units[1] else ""
-        state = "differs" if how else "same" if unit in units[0] & units[1] else "only here" if unit in units[0] else "only there"
-        rows.append((unit, state, how))
-    return pd.DataFrame(rows, columns=["records", "state", "how"])
+    here, there = units
+    rows = [(unit, "only here", "") for unit in here - there] + [(unit, "only there", "") for unit in there - here]
+    for unit in here & there:
+        how = unlike(mine, theirs, unit)
+        rows.append((unit, "differs" if how else "same", how))
+    return pd.DataFrame(sorted(rows), columns=["records", "state", "how"])
 
 
 def verdict(
