@@ -200,7 +200,7 @@ def places(
         folder.mkdir(parents=True, exist_ok=True)
     return {k: str(v) for k, v in own.items()}
 
-# %% ../nbs/lib/13b_plan.ipynb #f51a1d4c
+# %% ../nbs/lib/13b_plan.ipynb #2ce66166
 def clocks() -> tuple[float, float]:  # seconds: on the clock, and of processors (this process and all that it started)
     "Read the time."
     times = [os.times()[:4]]  # own, and of children that have ended
@@ -209,7 +209,7 @@ def clocks() -> tuple[float, float]:  # seconds: on the clock, and of processors
             times.append(child.cpu_times()[:4])
     return time.monotonic(), sum(map(sum, times))
 
-
+# %% ../nbs/lib/13b_plan.ipynb #c0193039
 def spend(
     run: Run,
     job: Job,
