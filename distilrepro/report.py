@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAGE_STYLE', 'SEEN', 'SAID', 'INSIDE', 'CALLS', 'EXPECTED', 'WATTS', 'POLICY', 'Section', 'acts', 'show_output',
-           'read_section', 'read_sections', 'summary', 'summary_markdown', 'provenance_html', 'record_cost', 'cost',
-           'lead_html', 'write_report']
+           'read_section', 'read_sections', 'summary', 'summary_markdown', 'table1_markdown', 'provenance_html',
+           'record_cost', 'cost', 'lead_html', 'write_report']
 
-# %% ../nbs/lib/15z_report.ipynb #7f886ec3
+# %% ../nbs/lib/15z_report.ipynb #2a0923c2
 import base64
 import html
 import json
@@ -21,7 +21,7 @@ import pandas as pd
 import yaml
 
 from .config import UserError, markdown, visible
-from .glue import macro, retained, shared_tasks
+from .glue import glue_table, macro, retained, shared_tasks
 from .losses import departures
 from .records import Run, read_records, write_atomic, write_records
 from .tables import TOY, command, is_toy, number, percent, results, span, speed_values
@@ -173,14 +173,34 @@ def summary(
         "parameters": ratio("parameters"), "speed": ratio("pass_s", flip=True),
     }
 
-# %% ../nbs/lib/15z_report.ipynb #cc6fa38f
+# %% ../nbs/lib/15z_report.ipynb #b3a15acf
+def _pipes(lines: list[list[str]], rule: str) -> str:
+    "Write a Markdown table; the first line is its head, the rule stands below each further column's."
+    lines = [lines[0], ["---", *[rule] * (len(lines[0]) - 1)], *lines[1:]]
+    return "\n".join("| " + " | ".join(map(markdown, line)) + " |" for line in lines) + "\n"
+
+
 def summary_markdown(
     runs: list[Run],
 ) -> str:  # a Markdown table, one row a run
     "Write several runs side by side, as the README does."
     rows = [summary(run) for run in runs]
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(r.values()) for r in rows)]
-    return "\n".join("| " + " | ".join(map(markdown, line)) + " |" for line in lines) + "\n"
+    return _pipes([list(rows[0]), *(list(r.values()) for r in rows)], "---")
+
+# %% ../nbs/lib/15z_report.ipynb #f2c62113
+def _in_one_line(cell: str) -> str:
+    "Put the further lines of a table's cell in brackets."
+    first, *rest = cell.split("\n")
+    return f"{first} ({', '.join(rest)})" if rest else first
+
+
+def table1_markdown(
+    run: Run,
+) -> str:  # a Markdown table, one row a task
+    "Write a run's own rows of Table 1 as columns, without the published ones."
+    table = glue_table(run)
+    head, _, *rows = zip(table.columns, *table.blocks[0][1], strict=True)  # the score as printed is there for the published rows
+    return _pipes([[_in_one_line(cell) for cell in line] for line in (("Task", *head[1:]), *rows)], "---:")
 
 # %% ../nbs/lib/15z_report.ipynb #6f33cdfc
 def provenance_html(
