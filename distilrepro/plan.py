@@ -87,9 +87,9 @@ def ablation_jobs(
         for i, g in enumerate(groups, 1)
     ]
 
-# %% ../nbs/lib/13b_plan.ipynb #187fd1c6
+# %% ../nbs/lib/13b_plan.ipynb #1d2c4048
 TABLES = {  # table or figure -> the stages it reads
-    "t1_glue": ("s03",), "t2_downstream": ("s03",), "t3_speed": ("s04",), "t4_ablation": ("s02", "s05"),
+    "t1_glue": ("s03", "s04"), "t2_downstream": ("s03",), "t3_speed": ("s04",), "t4_ablation": ("s02", "s05"),
     "f4_tasks": ("s03",), "f5_parameters": ("s04",), "cornell_t1": ("s03",), "cornell_t2": ("s04",), "cornell_f1": ("s04",),
     "cornell_f2": ("s02",), "tiny_t1": ("s03",), "tiny_t2": ("s03",), "tiny_t3": ("s04",), "tiny_examples": ("s03",),
     "sst2_zeroshot": ("s03", "s06"), "claims": ("s03", "s04"), "forms": ("s07",),
