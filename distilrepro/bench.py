@@ -197,7 +197,7 @@ def _round(racers: list[Racer], types: set[bool], cores: tuple[int, ...]) -> lis
         r.turns.append(turn | dict(beside=(rates[-2][kind] + rates[-1][kind]) / 2))
     return rates
 
-# %% ../nbs/lib/13d_bench.ipynb #e882c07b
+# %% ../nbs/lib/13d_bench.ipynb #52751d3c
 def race(
     contenders: dict[str, tuple[type[Contender], Work]],  # by the name that records carry; all with the same work, but for the type
     steps: int,  # counted turns of each
@@ -205,7 +205,7 @@ def race(
     on_round: Callable[[int], None] = lambda done: None,  # told of progress; 0 is the warm-up
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     # counted turns (model, turn, start, seconds, cpu_share, loss, tokens, flops, beside); sums by contender; rates (bf16, product, ...)
-    "Let contenders take turns; raises `RuntimeError` for one that fails, dies or makes another number of updates than it had turns."
+    "Let contenders take turns; raises `RuntimeError` for one that fails, dies or does not make two updates a turn."
     if not contenders or steps < 1:
         raise UserError(f"no race: {len(contenders)} contenders, {steps} steps; expected one or more of each")
     works = [replace(w, bf16=False) for _, w in contenders.values()]
@@ -242,13 +242,13 @@ def _best(rates: list[dict[tuple[bool, str], float]]) -> pd.DataFrame:
     table = pd.DataFrame([dict(bf16=t, product=p, gflops=v) for once in rates for (t, p), v in once.items()])
     return table.groupby(["bf16", "product"], sort=False).gflops.agg(gflops="max", low="min").reset_index()
 
-# %% ../nbs/lib/13d_bench.ipynb #96f1f636
+# %% ../nbs/lib/13d_bench.ipynb #e7f63d44
 def _sums(racers: list[Racer], ends: list[dict], best: pd.DataFrame) -> pd.DataFrame:
     "Sum over each contender's turns, after checking its number of updates."
     rows = []
     for r, end in zip(racers, ends, strict=True):
-        if end["updates"] != len(r.turns):
-            raise RuntimeError(f"contender {r.name} made {end['updates']} updates in {len(r.turns)} turns: its times mean nothing")
+        if end["updates"] != 2 * len(r.turns):
+            raise RuntimeError(f"contender {r.name} made {end['updates']} updates in {len(r.turns)} turns of two: its times mean nothing")
         tokens, seconds, flops = (sum(t[k] for t in r.turns[1:]) for k in ("tokens", "seconds", "flops"))
         beside = sum(t["beside"] * t["seconds"] for t in r.turns[1:]) * 1e9  # what the square product would have made of the turns
         rates, reached = best[best.bf16 == r.work.bf16].set_index("product").gflops.to_dict(), flops / seconds / 1e9

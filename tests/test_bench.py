@@ -75,7 +75,7 @@ class Lazy(Fake):
 class Dying(Fake):
     "Is killed in its second turn, as by the kernel for memory."
     def step(self, examples):
-        if self.done == 1:
+        if self.done == 2:
             os.kill(os.getpid(), 9)
         return super().step(examples)
 
@@ -260,7 +260,7 @@ def test_turns_alternate_and_never_overlap(quick_start):
     assert (turns.seconds >= 0.02).all() and turns.loss.eq(TINY.batch).all()
     for row in sums.itertuples():
         mine = turns[turns.model == row.model]
-        assert row.updates == 4 and row.tokens == mine.tokens.sum()
+        assert row.updates == 8 and row.tokens == mine.tokens.sum()
         assert row.tokens_per_s == pytest.approx(mine.tokens.sum() / mine.seconds.sum())
         best = rates.set_index("product").gflops
         assert row.limit_share == pytest.approx(mine.flops.sum() / mine.seconds.sum() / 1e9 / best["square"])
@@ -272,14 +272,14 @@ def test_turns_alternate_and_never_overlap(quick_start):
 def test_every_contender_makes_its_turns_in_a_process(quick_start):
     found, _ = entries(list(CONTENDERS), TINY)
     turns, sums, _ = race(found, steps=1)
-    assert sums.model.tolist() == list(found) and (sums.updates == 2).all()
+    assert sums.model.tolist() == list(found) and (sums.updates == 4).all()
     assert np.isfinite(turns.loss).all() and (turns.seconds > 0).all()
     both = turns.set_index("model")
     assert both.tokens["ours"] == both.tokens["loop"] == both.tokens["original"]
 
 
 @pytest.mark.parametrize(("kind", "said"), [
-    (Lazy, "contender bad made 1 updates in 3 turns"),
+    (Lazy, "contender bad made 3 updates in 3 turns of two"),
     (Dying, "contender bad died after 1 turns with exit code -9; killed, most likely for memory"),
     (Failing, "contender bad failed after 0 turns: ZeroDivisionError: no such luck"),
 ])
