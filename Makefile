@@ -4,11 +4,12 @@ PRESET ?= quick
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 SOURCES := settings.ini setup.py pyproject.toml constraints.txt
-BENCHES := $(patsubst nbs/stages/%,_bench/%,$(wildcard nbs/stages/b*.ipynb))
+BENCHES := $(patsubst nbs/stages/%.ipynb,bench-%,$(wildcard nbs/stages/b*.ipynb))
 
 # $(call quoted,VARIABLE): its value, which neither make nor the shell reads; $(call option,name,VARIABLE): --name='value' when it is set
 quoted = '$(subst ','\'',$(value $(1)))'
 option = $(if $(value $(2)),--$(1)=$(call quoted,$(2)))
+BENCH_RUN = $(if $(value RUN),$(call quoted,RUN),runs/quick)
 unexport PRESET SCALE DATA RUN
 
 .DEFAULT_GOAL := help
@@ -32,13 +33,11 @@ docs: .venv/dev ## the site, to _docs/index.html
 docs-test: .venv/dev ## the built site in a browser: links, search, formulas, contrast, phones (needs Chromium)
 	@$(BIN)/python -m pytest -m site -n 2 -rs tests/test_site.py
 
-bench: $(BENCHES) ## the benchmark notebooks, to _bench/ (RUN=a run folder)
+bench: $(BENCHES) ## the benchmark notebooks, one by one, into RUN, a prepared run folder (runs/quick)
 
-_bench/%.ipynb: nbs/stages/%.ipynb .venv/dev FORCE
-	@mkdir -p _bench
-	$(BIN)/papermill --log-output --kernel python3 $< $@ -p run $(if $(value RUN),$(call quoted,RUN),runs/quick)
-
-FORCE:
+bench-%: nbs/stages/%.ipynb .venv/dev
+	@mkdir -p $(BENCH_RUN)/notebooks
+	$(BIN)/papermill --log-output --kernel python3 $< $(BENCH_RUN)/notebooks/$*.ipynb -p run $(BENCH_RUN)
 
 export: .venv/dev ## notebooks -> distilrepro/*.py and README.md; clean the notebooks
 	$(BIN)/nbdev_export
@@ -50,7 +49,7 @@ check: .venv/dev ## lint; is everything generated as the notebooks say? changes 
 	$(BIN)/python -m pytest tests/test_generated.py
 
 clean: ## remove what was built (never runs/ nor .venv/)
-	rm -rf _proc _docs _bench docs/_nb docs/_extra build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf _proc _docs docs/_nb docs/_extra build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 lock: ## resolve all dependencies anew, to constraints.txt
 	rm -rf .venv/lock
