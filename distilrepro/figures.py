@@ -25,8 +25,8 @@ from .pictures import GREY
 from .records import Run, read_records, write_atomic, write_records
 from .tables import COLOURS, MODELS, STYLE, TASKS, Table, command, is_toy, number, results
 
-# %% ../nbs/lib/15b_figures.ipynb #ee253bda
-@dataclass(frozen=True)
+# %% ../nbs/lib/15b_figures.ipynb #7bb17b96
+@dataclass(frozen=True, repr=False)
 class Picture:
     "A saved figure with its description."
     svg: str
@@ -37,6 +37,9 @@ class Picture:
         text = html.escape(self.alt, quote=True)
         image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
         return f'<style>{STYLE}</style><div class="dr"><figure>{image}<figcaption>{text}</figcaption></figure></div>'
+
+    def __repr__(self) -> str:
+        return f"Picture({self.alt})"
 
 
 def save_figure(
