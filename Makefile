@@ -36,8 +36,8 @@ docs-test: .venv/dev ## the built site in a browser: links, search, formulas, co
 bench: $(BENCHES) ## the benchmark notebooks, one by one, into RUN, a prepared run folder (runs/quick)
 
 bench-%: nbs/stages/%.ipynb .venv/dev
-	@mkdir -p $(BENCH_RUN)/notebooks
-	$(BIN)/papermill --log-output --kernel python3 $< $(BENCH_RUN)/notebooks/$*.ipynb -p run $(BENCH_RUN)
+	@mkdir -p -- $(BENCH_RUN)/notebooks
+	$(BIN)/papermill --log-output --kernel python3 -p run $(BENCH_RUN) -- $< $(BENCH_RUN)/notebooks/$*.ipynb
 
 export: .venv/dev ## notebooks -> distilrepro/*.py and README.md; clean the notebooks
 	$(BIN)/nbdev_export

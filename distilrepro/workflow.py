@@ -317,7 +317,7 @@ def portable_notebook(
             text = text.replace(json.dumps(form, ensure_ascii=False)[1:-1], json.dumps(name, ensure_ascii=False)[1:-1])
     return text
 
-# %% ../nbs/lib/16_workflow.ipynb #a27fd571
+# %% ../nbs/lib/16_workflow.ipynb #e4de65fb
 BENCHMARK = re.compile(r"b\d\d_")  # how the names of `make bench` begin
 
 
@@ -325,7 +325,7 @@ def publish(
     run: Run,
     folder: Path,  # such as `results/minilm-small`
 ) -> list[Path]:  # the files
-    "Copy what tables are computed from, and the notebooks of the report and of benchmarks; raises `UserError` for a folder that holds anything else."
+    "Copy what tables are made of, and notebooks of report and benchmarks; raises `UserError` for a folder that holds anything else."
     folder = folder.expanduser().resolve()
     ours = {"config.yaml", "provenance.json", "records", "predictions", "tables", "notebooks"}
     if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= ours) or folder == run.folder:
