@@ -469,15 +469,15 @@ def bar_table(
 # %% ../nbs/lib/13d_bench.ipynb #652ca951
 SETTING_COLOURS = ("#0173b2", "#de8f05", "#029e73", "#cc78bc")
 
-# %% ../nbs/lib/13d_bench.ipynb #4d6d7576
+# %% ../nbs/lib/13d_bench.ipynb #5a9c070a
 def race_figure(
     records: pd.DataFrame,  # of stage `bench`
 ) -> Figure:
     "Draw tokens a second by contender, size and setting."
     table = ratio_table(records)
     sizes, settings, models = (list(dict.fromkeys(table.index.get_level_values(k))) for k in ("task", "split", "model"))
-    tall = 0.8 + 0.22 * len(models) * len(settings)
-    fig, axes = plt.subplots(1, len(sizes), figsize=(1.2 + 3.4 * len(sizes), tall + 0.8), sharey=True, squeeze=False)
+    tall = 1.2 + 0.22 * len(models) * len(settings)
+    fig, axes = plt.subplots(1, len(sizes), figsize=(1.2 + 3.4 * len(sizes), tall), sharey=True, squeeze=False, layout="constrained")
     for ax, size in zip(axes[0], sizes, strict=True):
         for i, setting in enumerate(settings):
             part = _one_race(table, size, setting)
@@ -486,7 +486,7 @@ def race_figure(
             ax.hlines(y, part.low, part.high, color=GREY, lw=1.5)
         ax.set(title=size, xlabel="real tokens a second", yticks=range(len(models)), yticklabels=models)
     axes[0][0].invert_yaxis()
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, -0.12))
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     said = "; ".join(f"{' '.join((t, m))} ({s}) {v:.0f}" for (t, s, m), v in table.tokens_per_s.items())
     fig.set_label(f"Speed of a distillation step in real tokens a second, with the range of single turns. {said}.")
     plt.close(fig)

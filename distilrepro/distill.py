@@ -212,12 +212,15 @@ def fit(
     model.eval()
     return place.log
 
-# %% ../nbs/lib/09_distill.ipynb #5a4968a2
+# %% ../nbs/lib/09_distill.ipynb #d2058e4c
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loop: Loop, lr: float, groups: list[np.ndarray]) -> float:
     "Clip, step, clear; returns the gradient norm before clipping."
-    norm = nn.utils.clip_grad_norm_(model.parameters(), loop.clip).item()
+    total = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = total.item()
     if not math.isfinite(norm):
         raise NotFinite("gradient", norm, np.concatenate(groups).tolist())
+    if norm + 1e-6 > loop.clip:  # else the factor is one, and multiplying by it is a pass over every weight
+        nn.utils.clip_grads_with_norm_(model.parameters(), loop.clip, total)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

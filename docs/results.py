@@ -56,7 +56,8 @@ def is_model_run(run: Run) -> bool:
 
 def about(run: Run) -> str:
     "What a run is, in a sentence."
-    return run.settings.note if is_model_run(run) else "Benchmarks: how fast a step of distillation is, beside other ways to take it."
+    bench = "Benchmarks: how fast training, fine-tuning, reading and statistics are, beside other ways to do the same."
+    return run.settings.note if is_model_run(run) else bench
 
 
 def order(path: Path) -> tuple[int, str]:

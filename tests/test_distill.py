@@ -215,6 +215,21 @@ def test_a_gradient_that_is_not_finite_names_the_update_and_leaves_the_weights()
     assert torch.equal(model.weight.detach(), before)
 
 
+@pytest.mark.parametrize("factor", [0.01, 0.5, 1.0, 1 + 1e-9, 1.5, 1e6])
+def test_clipping_below_at_and_above_the_limit_is_that_of_torch(factor):
+    torch.manual_seed(0)
+    model, twin = torch.nn.Linear(7, 5), torch.nn.Linear(7, 5)
+    twin.load_state_dict(model.state_dict())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    limit = factor * torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    norm = distill._step(model, torch.optim.SGD(model.parameters()), LOOP.model_copy(update=dict(clip=limit)), 1.0, [])
+    assert norm == torch.nn.utils.clip_grad_norm_(twin.parameters(), limit).item()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q - q.grad) and p.grad is None
+
+
 def test_no_space_is_a_failure_and_leaves_the_checkpoint_before(world, unbroken, tmp_path, monkeypatch):
     student, objective, evaluate = pair(world)
     sync, full = os.fsync, []

@@ -103,6 +103,33 @@ def test_bfloat16_gradients_point_the_same_way():
         assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) >= 0.999
 
 
+@pytest.mark.parametrize("n", [13, 600])
+def test_strips_of_the_weight_change_no_bit(monkeypatch, n):
+    "37 words in strips of 8, 8, 8, 8 and 5, one piece of rows and two, under autocast; a temperature whose product is rounded."
+    tensors, teacher, labels = case(n, vocab=37, dtype=torch.float32)
+    got = []
+    for strip in (8, 64):
+        monkeypatch.setattr(fused, "STRIP", strip)
+        with torch.autocast("cpu", torch.bfloat16):
+            got.append(gradients(pieces(teacher, labels, 3.0, 5 / n, 2 / n), tensors))
+    torch.testing.assert_close(*got, rtol=0, atol=0)
+    assert all(g.abs().max() > 0 for g in got[0][1])
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.7])
+def test_a_graph_that_is_kept_gives_its_gradients_again(upstream):
+    tensors, teacher, labels = case(20, seed=2)
+    value = pieces(teacher, labels, 2.0, 0.3, 0.7)(*tensors) * upstream
+    _, want = gradients(whole(teacher, labels, 2.0, 0.3, 0.7), tensors, upstream)
+    for times in (1, 2):
+        value.backward(retain_graph=True)
+        torch.testing.assert_close([t.grad for t in tensors], [times * g for g in want])
+    for t in tensors:
+        t.grad.zero_()
+    value.backward()
+    torch.testing.assert_close([t.grad for t in tensors], list(want))
+
+
 COMPILED = """
 import torch
 from distilrepro.fused import IGNORE, vocab_loss
