@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SQUARE', 'ALLOCATORS', 'START', 'NO_BF16', 'UNITS', 'EXACT', 'AT_MOST', 'SHARES', 'BARS', 'SETTING_COLOURS',
            'products', 'on_cores', 'last_cores', 'measure_rates', 'shape_rate', 'environment', 'Racer', 'memory_needed',
-           'race', 'entries', 'size_of', 'setting_name', 'as_records', 'ratio_table', 'exact_records', 'step_parts',
-           'part_records', 'measured', 'bar_table', 'race_figure']
+           'race', 'entries', 'size_of', 'setting_name', 'race_key', 'as_records', 'ratio_table', 'exact_records',
+           'step_parts', 'part_records', 'measured', 'bar_table', 'race_figure']
 
-# %% ../nbs/lib/13d_bench.ipynb #ce0375fd
+# %% ../nbs/lib/13d_bench.ipynb #7fcc9672
 import multiprocessing
 import os
 import time
@@ -38,6 +38,7 @@ from .losses import decoder, head_rows, hidden_cosine
 from .packing import hidden_rows
 from .peers import CONTENDERS, Contender, Ours, Work, deal, draw_lengths, exactness, serve, work_flops
 from .pictures import GREY
+from .records import code_hash
 from .speed import cpu_has_bf16, flops_per_token, formula_parameters, matrix_rate, time_call
 
 # %% ../nbs/lib/13d_bench.ipynb #5daf1fe9
@@ -301,6 +302,16 @@ def setting_name(
 ) -> str:  # such as `1 thread, default allocator`
     "Name the setting of a race."
     return f"{threads} thread{'s' * (threads > 1)}, {allocator} allocator"
+
+# %% ../nbs/lib/13d_bench.ipynb #c736ddf2
+def race_key(
+    work: Work,
+    steps: int,  # counted turns
+    allocator: str,
+    contenders: list[str],
+) -> str:  # twelve hex digits
+    "Hash what decides the numbers of a race: what is asked, and the code that answers."
+    return code_hash(f"from distilrepro.bench import race\nasked = {[str(work), steps, allocator, contenders]!r}")
 
 # %% ../nbs/lib/13d_bench.ipynb #63cdafa8
 def as_records(
