@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['PACKED', 'attend_apart', 'hidden_rows']
 
-# %% ../nbs/lib/06a_packing.ipynb #7528f291
+# %% ../nbs/lib/06a_packing.ipynb #d259b7ec
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +19,15 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .config import UserError
 
-# %% ../nbs/lib/06a_packing.ipynb #1a1bdeac
+# %% ../nbs/lib/06a_packing.ipynb #17844925
+def _pieces(
+    widths: list[int],
+    *tensors: torch.Tensor,  # [1, heads, n, head width]
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    "Cut all where the sequences of a row end."
+    return zip(*(x.split(widths, dim=2) for x in tensors), strict=True)
+
+
 def attend_apart(
     module: nn.Module,  # the attention layer; unused
     query: torch.Tensor,  # [1, heads, n, head width]
@@ -31,15 +41,70 @@ def attend_apart(
     "Attend within each piece of a row; a padded batch is handed to the stock function."
     if widths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-    pieces = zip(*(x.split(widths, dim=2) for x in (query, key, value)), lengths or [], strict=True)
-    how = dict(dropout_p=others.get("dropout", 0.0), scale=others.get("scaling"))
-    out = [F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n], **how) for q, k, v, n in pieces]
+    rate, scale = others.get("dropout", 0.0), others.get("scaling") or query.shape[-1] ** -0.5
+    if rate and query.device.type == "cpu":
+        return _Dropped.apply(query, key, value, widths, lengths or [], rate, scale).transpose(1, 2), None
+    pieces = zip(_pieces(widths, query, key, value), lengths or [], strict=True)
+    out = [F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n], dropout_p=rate, scale=scale) for (q, k, v), n in pieces]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
 PACKED = "packed"  # the name of the implementation
 AttentionInterface.register(PACKED, attend_apart)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+# %% ../nbs/lib/06a_packing.ipynb #6151f48c
+def _probabilities(
+    q: torch.Tensor,  # [1, heads, queries, head width], of one sequence
+    k: torch.Tensor,  # [1, heads, keys, head width]
+    root: float,  # of the scale
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # [1, heads, queries, keys]; both factors of the product
+    "Compute how much each token looks at each other."
+    q_s, k_s = q * root, k.transpose(-2, -1) * root
+    return (q_s @ k_s).softmax(-1), q_s, k_s
+
+
+def _noise(
+    keep: torch.Tensor,  # bool
+    rate: float,  # of dropout
+    kind: torch.dtype,
+) -> torch.Tensor:  # 0 where dropped, else 1 / (1 - rate)
+    "Turn a mask into factors; as bytes it converts several times faster than as bools."
+    return keep.view(torch.uint8).to(kind).div_(1 - rate)
+
+# %% ../nbs/lib/06a_packing.ipynb #850c5e4d
+class _Dropped(torch.autograd.Function):
+    "Attention with dropout within each piece of a row, which keeps its inputs and a byte for each pair of tokens."
+
+    @staticmethod
+    def forward(ctx, query, key, value, widths, lengths, rate, scale):
+        out, masks, root = torch.empty_like(query), [], math.sqrt(scale)
+        kind = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            for (q, k, v, o), n in zip(_pieces(widths, query, key, value, out), lengths, strict=True):
+                q, k, v = q.to(kind), k[:, :, :n].to(kind), v[:, :, :n].to(kind)
+                looks, *_ = _probabilities(q, k, root)
+                masks.append(torch.empty(looks.shape, dtype=torch.bool, device=q.device).bernoulli_(1 - rate))
+                o.copy_(looks.mul_(_noise(masks[-1], rate, kind)) @ v)
+        ctx.save_for_backward(query, key, value, *masks)
+        ctx.how = widths, lengths, rate, root, kind
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *masks = ctx.saved_tensors
+        widths, lengths, rate, root, kind = ctx.how
+        grads = [torch.zeros_like(x) for x in (query, key, value)]  # padding gets none
+        with torch.autocast(query.device.type, enabled=False):
+            for (q, k, v, g, dq, dk, dv), n, keep in zip(_pieces(widths, query, key, value, grad, *grads), lengths, masks, strict=True):
+                q, k, v, g = q.to(kind), k[:, :, :n].to(kind), v[:, :, :n].to(kind), g.to(kind)
+                looks, q_s, k_s = _probabilities(q, k, root)
+                noise = _noise(keep, rate, kind)
+                dv[:, :, :n] = (looks * noise).transpose(-2, -1) @ g
+                slope = torch._softmax_backward_data((g @ v.transpose(-2, -1)).mul_(noise), looks, -1, kind)
+                dq.copy_((slope @ k_s.transpose(-2, -1)).mul_(root))
+                dk[:, :, :n] = (q_s.transpose(-2, -1) @ slope).transpose(-2, -1).mul_(root)
+        return (*grads, None, None, None, None)
 
 # %% ../nbs/lib/06a_packing.ipynb #f98de8bb
 def _packed(encoder: Any) -> Any:
