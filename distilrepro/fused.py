@@ -54,19 +54,32 @@ def _finish(
     x_nv.copy_(grad.index_add_(0, hit, hard, alpha=b))
     return grad.sum(0), kl * T**2, ce
 
-# %% ../nbs/lib/07a_fused.ipynb #73a796c6
+# %% ../nbs/lib/07a_fused.ipynb #2d46de5f
+def _row(
+    words: int,
+) -> int:  # a multiple of 16
+    "Count the places of a row of logits."
+    return words + -words % 16
+
+
+def _buffer(
+    rows: int,
+    words: int,
+    like: torch.Tensor,  # of the wanted type and device
+) -> torch.Tensor:  # [rows, places], not filled but for zeros at words that do not exist
+    "Make room for logits."
+    buffer = like.new_empty(rows, _row(words))
+    buffer[:, words:] = 0
+    return buffer
+
+
 def _widened(
-    weight_vd: torch.Tensor,
     bias_v: torch.Tensor,
-    kind: torch.dtype,  # of the products
     T: float,  # temperature
-) -> tuple[torch.Tensor, torch.Tensor]:  # weight; bias divided by T, float32 at least
-    "Fill a projection up to a multiple of 16 words."
-    extra = -len(bias_v) % 16
+) -> torch.Tensor:  # [places], float32 at least
+    "Divide a bias by the temperature, and give words that do not exist no chance."
     least = torch.promote_types(bias_v.dtype, torch.float32)
-    wide_vd = torch.empty(len(bias_v) + extra, weight_vd.shape[1], dtype=kind, device=weight_vd.device)
-    wide_vd[: len(bias_v)], wide_vd[len(bias_v) :] = weight_vd, 0  # `F.pad` of a cast weight would make two copies
-    return wide_vd, F.pad(bias_v.to(least) / T, (0, extra), value=-1e4)
+    return F.pad(bias_v.to(least) / T, (0, _row(len(bias_v)) - len(bias_v)), value=-1e4)
 
 # %% ../nbs/lib/07a_fused.ipynb #1e908b68
 PIECE = dict(cpu=512, cuda=4096)  # rows of one matrix product
@@ -96,7 +109,7 @@ def _add_product(
     for to, rows in zip(sum_mn.split(STRIP), a_mk.split(STRIP), strict=True):
         (to.zero_() if first else to).add_(rows @ b_kn, alpha=scale)
 
-# %% ../nbs/lib/07a_fused.ipynb #cbb8c2ce
+# %% ../nbs/lib/07a_fused.ipynb #378803e1
 class _Pieces(torch.autograd.Function):
     "Both vocabulary terms, piece by piece; the gradients are computed on the way forward."
 
@@ -104,22 +117,24 @@ class _Pieces(torch.autograd.Function):
     def forward(ctx, s_nd, s_w, s_b, t_nd, t_w, t_b, labels_n, weights, soften):
         kind, words, (T, a, b) = s_nd.device.type, len(s_w), weights
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else s_nd.dtype
-        (s_lo, s_c), (t_lo, t_c) = (_widened(w, c, low, T) for w, c in ((s_w, s_b), (t_w, t_b)))
+        s_lo, t_lo = s_w.to(low), t_w.to(low)  # copies where the type is coarser, else the projections themselves
+        s_c, t_c = _widened(s_b, T), _widened(t_b, T)
         s_rows, t_rows = ((x / T).to(low) for x in (s_nd, t_nd))
         d_rows, d_w, d_b = torch.empty_like(s_rows), torch.empty_like(s_w), torch.zeros_like(s_c)
-        s_buf, t_buf = (torch.empty(min(PIECE[kind], len(s_nd)), len(s_c), dtype=low, device=s_nd.device) for _ in range(2))
+        s_buf, t_buf = (_buffer(min(PIECE[kind], len(s_nd)), words, s_rows) for _ in range(2))
         kl = ce = torch.zeros((), dtype=s_c.dtype, device=s_nd.device)
         with torch.autocast(kind, enabled=False):
             for i in range(0, len(s_nd), PIECE[kind]):
                 k = slice(i, i + PIECE[kind])
-                s_logits = torch.mm(s_rows[k], s_lo.T, out=s_buf[: len(s_rows[k])])
-                t_logits = torch.mm(t_rows[k], t_lo.T, out=t_buf[: len(s_rows[k])])
-                for x, y, labels in zip(*(z.split(BLOCK[kind]) for z in (s_logits, t_logits, labels_n[k])), strict=True):
+                s_long, t_long, labels_k = s_buf[: len(s_rows[k])], t_buf[: len(s_rows[k])], labels_n[k]
+                s_logits = torch.mm(s_rows[k], s_lo.T, out=s_long[:, :words])
+                torch.mm(t_rows[k], t_lo.T, out=t_long[:, :words])
+                for x, y, labels in zip(*(z.split(BLOCK[kind]) for z in (s_long, t_long, labels_k)), strict=True):
                     whole_block = len(x) == BLOCK[kind]  # one shape, compiled once
                     d_b_k, kl_k, ce_k = _finish(x, y, s_c, t_c, labels, weights, soften if whole_block else _soften)
                     kl, ce, d_b = kl + kl_k, ce + ce_k, d_b.add_(d_b_k)
-                torch.mm(s_logits, s_lo, out=d_rows[k])
-                _add_product(d_w, s_logits.T[:words], s_rows[k], T, first=i == 0)  # rows were divided by T
+                torch.mm(s_logits, s_lo, out=d_rows[k])  # the buffer now holds the gradient
+                _add_product(d_w, s_logits.T, s_rows[k], T, first=i == 0)  # rows were divided by T
         ctx.save_for_backward(d_rows.to(s_nd.dtype), d_w if len(s_nd) else d_w.zero_(), d_b[:words].to(s_b.dtype))
         ctx.mark_non_differentiable(kl, ce)
         return a * kl + b * ce, kl, ce
