@@ -7,10 +7,11 @@ __all__ = ['TABLES', 'ANALYSES', 'SECTIONS', 'EXTRAS', 'checkout', 'Job', 'tuned
            'analysis_jobs', 'table_jobs', 'asks_for_forms', 'jobs', 'keys_of', 'write_keys', 'writable', 'places',
            'clocks', 'spend', 'metered', 'execute', 'run_job']
 
-# %% ../nbs/lib/13b_plan.ipynb #221aef6d
+# %% ../nbs/lib/13b_plan.ipynb #7384351b
 import hashlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 
@@ -243,14 +245,21 @@ def metered(
         over.set()
         thread.join()
 
-# %% ../nbs/lib/13b_plan.ipynb #e058a409
+# %% ../nbs/lib/13b_plan.ipynb #e9b57bdb
+def _papermill() -> ModuleType:
+    "Import papermill, which only running a job needs, without grammars that no notebook needs."
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    import papermill
+    return papermill
+
+
 def execute(
     run: Run,
     job: Job,
     root: Path,  # of the checkout
 ) -> Path:  # the executed notebook
     "Execute a job's notebook; raises `UserError`, `Interrupted` or `RuntimeError` with the notebook's own message."
-    import papermill  # here: it is slow to import and only this function needs it
+    papermill = _papermill()
     from nbclient.exceptions import DeadKernelError
 
     target, work, failed = (run.folder / "notebooks" / name.format(job.name) for name in ("{}.ipynb", ".{}.part.ipynb", "{}.failed.ipynb"))
