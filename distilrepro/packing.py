@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .config import UserError
 
-# %% ../nbs/lib/06a_packing.ipynb #17844925
+# %% ../nbs/lib/06a_packing.ipynb #338c0fdf
 def _pieces(
     widths: list[int],
     *tensors: torch.Tensor,  # [1, heads, n, head width]
@@ -27,7 +27,7 @@ def _pieces(
     "Cut all where the sequences of a row end."
     return zip(*(x.split(widths, dim=2) for x in tensors), strict=True)
 
-
+# %% ../nbs/lib/06a_packing.ipynb #b971874e
 def attend_apart(
     module: nn.Module,  # the attention layer; unused
     query: torch.Tensor,  # [1, heads, n, head width]
@@ -48,12 +48,12 @@ def attend_apart(
     out = [F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n], dropout_p=rate, scale=scale) for (q, k, v), n in pieces]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
-
+# %% ../nbs/lib/06a_packing.ipynb #59b753a4
 PACKED = "packed"  # the name of the implementation
 AttentionInterface.register(PACKED, attend_apart)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
-# %% ../nbs/lib/06a_packing.ipynb #6151f48c
+# %% ../nbs/lib/06a_packing.ipynb #5f7d38c4
 def _probabilities(
     q: torch.Tensor,  # [1, heads, queries, head width], of one sequence
     k: torch.Tensor,  # [1, heads, keys, head width]
@@ -63,7 +63,7 @@ def _probabilities(
     q_s, k_s = q * root, k.transpose(-2, -1) * root
     return (q_s @ k_s).softmax(-1), q_s, k_s
 
-
+# %% ../nbs/lib/06a_packing.ipynb #7dda162a
 def _noise(
     keep: torch.Tensor,  # bool
     rate: float,  # of dropout
@@ -106,7 +106,7 @@ class _Dropped(torch.autograd.Function):
                 dk[:, :, :n] = (q_s.transpose(-2, -1) @ slope).transpose(-2, -1).mul_(root)
         return (*grads, None, None, None, None)
 
-# %% ../nbs/lib/06a_packing.ipynb #f98de8bb
+# %% ../nbs/lib/06a_packing.ipynb #c251c44c
 def _packed(encoder: Any) -> Any:
     "Switch an encoder's attention; one that ignores the switch would let all sequences of a row see each other."
     if encoder.config._attn_implementation != PACKED:
@@ -115,7 +115,7 @@ def _packed(encoder: Any) -> Any:
         raise UserError(f"{type(encoder).__name__} has an attention of its own, so its sequences cannot be kept apart; use a stock encoder")
     return encoder
 
-
+# %% ../nbs/lib/06a_packing.ipynb #bc36fd39
 def hidden_rows(
     model: PreTrainedModel,  # a BERT or a DistilBERT with any head
     ids_bl: torch.Tensor,  # int64, padding on the right
