@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from distilrepro import fused
 from distilrepro.config import Loss, UserError
-from distilrepro.fused import BLOCK, IGNORE, PIECE, vocab_loss
+from distilrepro.fused import BLOCK, CACHE, IGNORE, PIECE, vocab_loss
 from distilrepro.losses import Counts, count, hidden_cosine, triple_loss, vocab_terms
 from distilrepro.student import build_student
 
@@ -54,6 +54,7 @@ def test_pieces_equal_whole_matrices(n, blocks, block, masked, T, weights, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "PIECE", dict(cpu=blocks * block))
         patch.setattr(fused, "BLOCK", dict(cpu=block))
+        patch.setattr(fused, "CACHE", 0)
         value, grads = gradients(pieces(teacher, labels, T, *weights), tensors, upstream=3.7)
         _, kl, ce = vocab_loss(tensors[0], tuple(tensors[1:]), *teacher, labels, T, *weights)
     want, want_grads = gradients(whole(teacher, labels, T, *weights), tensors, upstream=3.7)
@@ -65,7 +66,9 @@ def test_pieces_equal_whole_matrices(n, blocks, block, masked, T, weights, seed)
 
 
 @pytest.mark.parametrize("n", [1, ROWS - 1, ROWS, *(PIECE["cpu"] + n for n in (-1, 0, 1, PIECE["cpu"] + 33))])
-def test_pieces_of_the_real_size_equal_whole_matrices(n):
+@pytest.mark.parametrize("cache", [0, CACHE])
+def test_pieces_of_the_real_size_equal_whole_matrices(n, cache, monkeypatch):
+    monkeypatch.setattr(fused, "CACHE", cache)
     tensors, teacher, labels = case(n, vocab=7, dtype=torch.float32)
     got, want = (gradients(f(teacher, labels, 2.0, 5 / n, 2 / n), tensors) for f in (pieces, whole))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
@@ -132,7 +135,9 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(upstream):
 
 COMPILED = """
 import torch
+from distilrepro import fused
 from distilrepro.fused import IGNORE, vocab_loss
+fused.CACHE = 0  # blocks of as many rows as a large vocabulary gets
 torch.manual_seed(0)
 rows, weight, bias = torch.randn(37, 8), torch.randn(101, 8), torch.randn(101)
 other = torch.randn(37, 8), (torch.randn(101, 8), torch.randn(101)), torch.full((37,), IGNORE).index_fill(0, torch.tensor([3, 30]), 7)

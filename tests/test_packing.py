@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from distilrepro.packing import attend_apart
+from distilrepro import packing
+from distilrepro.packing import attend_apart, hidden_rows
 
 WIDTH = 8  # of a head; a sequence of at most as many tokens can carry the unit matrix as values
 
@@ -98,3 +100,45 @@ def test_the_same_numbers_as_torch_under_autocast(kind):
     for ours, stock in zip(*found, strict=True):
         assert ours.dtype == stock.dtype == kind
         torch.testing.assert_close(ours.float(), stock.float(), rtol=1e-5, atol=1e-6)
+
+
+def encoder(kind, width):
+    "An encoder in double precision, without dropout."
+    torch.manual_seed(0)
+    if kind is BertModel:
+        shape = dict(hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, initializer_range=0.5)
+        return BertModel(BertConfig(vocab_size=31, max_position_embeddings=32, **shape), add_pooling_layer=False).double().eval()
+    shape = dict(dim=width, n_layers=2, n_heads=2, hidden_dim=16, initializer_range=0.5)
+    return DistilBertModel(DistilBertConfig(vocab_size=31, max_position_embeddings=32, **shape)).double().eval()
+
+
+@pytest.mark.parametrize("kind", [BertModel, DistilBertModel])
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), more=st.integers(0, 3), narrow=st.booleans(), padded=st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_a_row_and_a_rectangle_give_the_hidden_states_of_the_stock_model(kind, lengths, more, narrow, padded):
+    "In value and in the gradient of every weight, whichever of the two is thought to be cheaper."
+    model, places = encoder(kind, 8), torch.arange(max(lengths) + more)
+    attention = (places < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, 31, attention.shape) * attention
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "NARROW", 8 if narrow else 7)
+        patch.setattr(packing, "CALL", 1000)
+        assert packing._cheap(attention, 8) == narrow
+        rows = hidden_rows(model, ids, attention, padded)
+    model.set_attn_implementation("sdpa")
+    stock = model(ids, attention_mask=attention).last_hidden_state
+    for out in (rows, stock.flatten(0, 1) if padded else stock[attention.bool()]):
+        twist = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        found.append([out.detach(), *torch.autograd.grad((out * twist).sum(), model.parameters(), allow_unused=True)])
+    assert sum(g is not None for g in found[0]) > 20
+    for own, plain in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("width", "lengths", "cheap"), [
+    (64, [10, 10], True), (64, [10, 4], True), (64, [20, 7], False), (128, [10, 4], True), (128, [10, 3], False), (129, [10, 10], False),
+])
+def test_padding_is_cheap_for_narrow_encoders_alone(width, lengths, cheap):
+    attention = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    assert packing._cheap(attention, width) is cheap
