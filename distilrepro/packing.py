@@ -135,7 +135,7 @@ def hidden_rows(
     attention_bl: torch.Tensor,  # 1 at real tokens
     padded: bool = False,  # rows of padding too (B2)
 ) -> torch.Tensor:  # [n, width]: last hidden states, in the order of `ids_bl[attention_bl.bool()]`, or of all positions
-    "Run an encoder on a batch and take the rows of its real tokens, segment ids zero as in the original; raises `UserError` where it cannot."
+    "Run an encoder on a batch and take the rows of real tokens, segment ids zero as in the original; raises `UserError` where it cannot."
     encoder = _packed(model.base_model)
     keep_bl = torch.ones_like(attention_bl, dtype=torch.bool) if padded else attention_bl.bool()
     if _cheap(attention_bl, encoder.config.hidden_size):
