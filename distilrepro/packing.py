@@ -125,8 +125,7 @@ def _cheap(
     width: int,  # of the encoder
 ) -> bool:
     "Does the padding of a batch cost less than a call of attention for each sequence?"
-    padding = attention_bl.numel() - int(attention_bl.sum())
-    return width <= NARROW and padding * width <= CALL * len(attention_bl)
+    return width <= NARROW and int((attention_bl == 0).sum()) * width <= CALL * len(attention_bl)
 
 # %% ../nbs/lib/06a_packing.ipynb #7925760b
 def hidden_rows(
