@@ -144,13 +144,13 @@ def adamw(
     ]
     return torch.optim.AdamW(groups, lr=loop.lr, betas=loop.betas, eps=loop.eps, fused=True)
 
-# %% ../nbs/lib/09_distill.ipynb #14c6f11b
+# %% ../nbs/lib/09_distill.ipynb #e4a3078d
 def keep_memory() -> None:
-    "Tell glibc to keep small freed blocks, and to give each large one pages of its own; another C library is left alone."
-    apart_from, trim_above, grow_by = -3, -1, -2  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+    "Tell glibc to reuse large freed blocks in place of returning them; another C library is left alone."
+    no_mmaps, trim_above, grow_by = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
     with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((apart_from, 2**20), (trim_above, 2**31 - 1), (grow_by, 2**26)):
+        for option, value in ((no_mmaps, 0), (trim_above, 2**31 - 1), (grow_by, 2**26)):
             mallopt(option, value)
 
 # %% ../nbs/lib/09_distill.ipynb #0f5712d6

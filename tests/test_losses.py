@@ -231,3 +231,25 @@ def test_vocabularies_and_widths_that_differ_are_named():
         vocab_loss(tensors[0], tuple(tensors[1:]), teacher[0], (teacher[1][0][:10], teacher[1][1][:10]), labels, 2.0, 1.0, 1.0)
     with pytest.raises(UserError, match="w_cos=0"):
         hidden_cosine(torch.ones(3, 4), torch.ones(3, 5))
+
+
+def test_a_kernel_compiled_first_is_the_one_that_training_uses(tmp_path):
+    "One graph in all, under autocast too: what is compiled before a step fits what the step asks for."
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler on this machine")
+    code = """
+import torch
+from torch._dynamo.utils import counters
+from distilrepro.blocks import product_type
+from distilrepro.fused import IGNORE, compile_first, vocab_loss
+n, words = 9000, 61
+weights, bias = torch.randn(2, words, 8), torch.randn(2, words)
+side = weights[0].requires_grad_(), bias[0].requires_grad_()
+with torch.autocast("cpu", torch.bfloat16):
+    compile_first(words, product_type(side[0]), "cpu")
+    before = dict(counters["stats"])
+    loss, *_ = vocab_loss(torch.randn(n, 8), side, torch.randn(n, 8), (weights[1], bias[1]), torch.full((n,), IGNORE), 2.0, 0.3, 0.7, True)
+assert before["unique_graphs"] == counters["stats"]["unique_graphs"] == 1, counters
+"""
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
