@@ -29,14 +29,12 @@ def _noise(
     "Turn a mask into factors; as bytes it converts several times faster than as bools."
     return keep.view(torch.uint8).to(kind).div_(1 - rate)
 
-# %% ../nbs/lib/06a_blocks.ipynb #4e2c63e3
+# %% ../nbs/lib/06a_blocks.ipynb #d6b2b28b
 def _drop(
     x: torch.Tensor,  # changed in place
     rate: float,
-) -> torch.Tensor | None:  # mask of what was kept; None without dropout
+) -> torch.Tensor:  # mask of what was kept
     "Drop some numbers, drawn as `torch.nn.functional.dropout` draws them."
-    if not rate:
-        return None
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate)
     x.mul_(_noise(keep, rate, x.dtype))
     return keep
@@ -68,14 +66,27 @@ def _probabilities(
     q_s, k_s = q * scale**0.5, k.transpose(-2, -1) * scale**0.5
     return (q_s @ k_s).softmax(-1), q_s, k_s
 
-# %% ../nbs/lib/06a_blocks.ipynb #b0d8ca3c
+# %% ../nbs/lib/06a_blocks.ipynb #512e54dd
+def _attend_fused(
+    query: torch.Tensor,  # [1, heads, n, head width]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    how: _Looking,
+) -> torch.Tensor:  # same shape
+    "Attend within each piece of a row, without dropout."
+    cut = zip(pieces(how.widths, query, key, value), how.lengths, strict=True)
+    return torch.cat([F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n], scale=how.scale) for (q, k, v), n in cut], dim=2)
+
+# %% ../nbs/lib/06a_blocks.ipynb #db309e5b
 def _attend(
     query: torch.Tensor,  # [1, heads, n, head width]
     key: torch.Tensor,
     value: torch.Tensor,
     how: _Looking,
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:  # same shape; mask of each sequence
+) -> tuple[torch.Tensor, list[torch.Tensor]]:  # same shape; mask of each sequence, none without dropout
     "Attend within each piece of a row."
+    if not how.rate:
+        return _attend_fused(query, key, value, how), []
     out, masks, kind = torch.empty_like(query), [], torch.promote_types(query.dtype, torch.float32)
     for (q, k, v, o), n in zip(pieces(how.widths, query, key, value, out), how.lengths, strict=True):
         looks, *_ = _probabilities(q.to(kind), k[:, :, :n].to(kind), how.scale)
@@ -83,22 +94,27 @@ def _attend(
         o.copy_(looks @ v[:, :, :n].to(kind))
     return out, masks
 
-# %% ../nbs/lib/06a_blocks.ipynb #a6cf6427
+# %% ../nbs/lib/06a_blocks.ipynb #22c450bb
 def _attend_back(
     grad: torch.Tensor,  # by the output, [1, heads, n, head width]
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    masks: list[torch.Tensor | None],
+    masks: list[torch.Tensor],
     how: _Looking,
 ) -> list[torch.Tensor]:  # gradients by query, key and value; the output once more
     "Go back through attention."
+    if not how.rate:
+        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+        with torch.enable_grad():
+            o = _attend_fused(q, k, v, how)
+        return [*torch.autograd.grad(o, (q, k, v), grad), o.detach()]
     kind = torch.promote_types(query.dtype, torch.float32)
     found = [torch.zeros_like(x) for x in (query, key, value, query)]  # padding gets no gradient
     for (q, k, v, g, dq, dk, dv, o), n, keep in zip(pieces(how.widths, query, key, value, grad, *found), how.lengths, masks, strict=True):
         q, k, v, g = q.to(kind), k[:, :, :n].to(kind), v[:, :, :n].to(kind), g.to(kind)
         looks, q_s, k_s = _probabilities(q, k, how.scale)
-        noise = 1.0 if keep is None else _noise(keep, how.rate, kind)
+        noise = _noise(keep, how.rate, kind)
         kept = looks * noise
         o.copy_(kept @ v)
         dv[:, :, :n] = kept.transpose(-2, -1) @ g
@@ -157,7 +173,7 @@ def _drop_back(
     "Go back through dropout."
     return grad.to(kind) if keep is None else grad.to(kind) * _noise(keep, rate, kind)
 
-# %% ../nbs/lib/06a_blocks.ipynb #39bf3d80
+# %% ../nbs/lib/06a_blocks.ipynb #a27bbb05
 class _FeedForward(torch.autograd.Function):
     "r -> y + drop(W2 a(W1 y)) with y = norm(r)."
 
@@ -168,7 +184,7 @@ class _FeedForward(torch.autograd.Function):
         w1, w2 = w1.to(low), w2.to(low)
         h_nf = F.linear(y_nd.to(low), w1, b1.to(low))
         out_nd = F.linear(act(h_nf), w2, b2.to(low))
-        keep_nd = _drop(out_nd, rate)
+        keep_nd = _drop(out_nd, rate) if rate else None
         ctx.save_for_backward(r_nd, g, b, h_nf, keep_nd, w1, w2)
         ctx.how = eps, act, rate
         return y_nd + out_nd
@@ -204,7 +220,7 @@ def _rows(
     "Put the heads side by side again."
     return x.transpose(1, 2).flatten(2)[0]
 
-# %% ../nbs/lib/06a_blocks.ipynb #58050f2e
+# %% ../nbs/lib/06a_blocks.ipynb #c7c87767
 class _Attention(torch.autograd.Function):
     "r -> y + drop(Wo attention(Wq y, Wk y, Wv y)) with y = norm(r)."
 
@@ -217,7 +233,7 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(r_nd.device.type, enabled=False):
             seen, masks = _attend(*(_heads(z, heads) for z in qkv), how)
         out_nd = F.linear(_rows(seen), weights[3], bo.to(low))
-        keep_nd = _drop(out_nd, rate)
+        keep_nd = _drop(out_nd, rate) if rate else None
         ctx.save_for_backward(r_nd, g, b, keep_nd, *qkv, *weights, *masks)
         ctx.how = eps, heads, how, rate
         return y_nd + out_nd

@@ -169,9 +169,10 @@ def no_rectangles(monkeypatch):
 @FAMILIES
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_blocks_are_the_stock_layers_to_the_last_bit(no_rectangles, monkeypatch, kind, coarse, padded):
-    "With dropout, over several sequences: the rows, and every gradient that is not zero but for rounding."
-    model, found = in_training(kind), []
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_blocks_are_the_stock_layers_to_the_last_bit(no_rectangles, monkeypatch, kind, coarse, padded, rate):
+    "Over several sequences: the rows, and every gradient that is not zero but for rounding."
+    model, found = in_training(kind, rate), []
     for own in (True, False):
         monkeypatch.setattr(packing, "is_stock", is_stock if own else lambda encoder: False)
         found.append(learnt(model, *batch([7, 12, 3]), coarse, padded))
