@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKED', 'NARROW', 'CALL', 'attend_apart', 'hidden_rows']
 
-# %% ../nbs/lib/06ab_packing.ipynb #3dfc96de
+# %% ../nbs/lib/06ab_packing.ipynb #de527b64
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .blocks import is_stock, layer_rows, pieces
+from .blocks import attend_pieces, is_stock, layer_rows
 from .config import UserError
 
-# %% ../nbs/lib/06ab_packing.ipynb #8ff88357
+# %% ../nbs/lib/06ab_packing.ipynb #22514d61
 def attend_apart(
     module: nn.Module,  # the attention layer; unused
     query: torch.Tensor,  # [1, heads, n, head width]
@@ -32,12 +32,8 @@ def attend_apart(
     "Attend within each piece of a row; a padded batch is handed to the stock function."
     if widths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-    rate, scale, cut = others.get("dropout", 0.0), others.get("scaling"), pieces(widths, query, key, value)
-    out = [
-        F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n], dropout_p=rate, scale=scale)
-        for (q, k, v), n in zip(cut, lengths or [], strict=True)
-    ]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    out = attend_pieces(query, key, value, widths, lengths or [], others.get("scaling"), others.get("dropout", 0.0))
+    return out.transpose(1, 2), None
 
 # %% ../nbs/lib/06ab_packing.ipynb #59b753a4
 PACKED = "packed"  # the name of the implementation
