@@ -35,7 +35,7 @@ docs-test: .venv/dev ## the built site in a browser: links, search, formulas, co
 
 bench: $(BENCHES) ## the benchmark notebooks, one by one, into RUN, a prepared run folder (runs/quick)
 
-bench-%: nbs/stages/%.ipynb .venv/dev
+bench-%: nbs/stages/%.ipynb .venv/bench
 	@mkdir -p -- $(BENCH_RUN)/notebooks
 	$(BIN)/papermill --log-output --kernel python3 -p run $(BENCH_RUN) -- $< $(BENCH_RUN)/notebooks/$*.ipynb
 
@@ -61,7 +61,8 @@ lock: ## resolve all dependencies anew, to constraints.txt
 	mv .venv/lock/constraints.txt constraints.txt
 	rm -rf .venv/lock
 
-# Two installations, made once and again when what they are made from changes: to run, and (with test and site tools) to work on it.
+# Three installations, made once and again when what they are made from changes: to run, (with test and site tools) to work on it,
+# and (with the peers) to measure. A peer asks for torchvision, which breaks transformers where it was built for another torch; text needs none.
 .venv/run: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("distilrepro needs Python 3.11 or newer; set PYTHON=/path/to/python3.11")'
 	@echo 'installing distilrepro into .venv (minutes the first time)'
@@ -75,3 +76,9 @@ lock: ## resolve all dependencies anew, to constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) '.[minilm,export,dev,docs]'
 	@touch .venv/run $@
+
+.venv/bench: .venv/dev
+	@echo 'installing the peers that are measured'
+	@$(INSTALL) '.[bench]'
+	@$(BIN)/python -c 'import torchvision' 2> /dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
