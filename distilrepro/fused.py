@@ -34,7 +34,7 @@ def _soften(
     kl = (p * (y - x)).sum(-1, keepdim=True) / p_sum + (x_top + q_sum.log()) - (y_top + p_sum.log())
     return q * (scale / q_sum) - p * (scale / p_sum), kl.sum()
 
-# %% ../nbs/lib/07a_fused.ipynb #5b3f6584
+# %% ../nbs/lib/07a_fused.ipynb #e1140804
 def _finish(
     x_nv: torch.Tensor,  # student logits of a few rows, divided by T, before the bias; overwritten with the gradient
     y_nv: torch.Tensor,
@@ -48,7 +48,8 @@ def _finish(
     T, a, b = weights
     grad, kl = soften(x_nv, y_nv, s_bias_v, t_bias_v, s_bias_v.new_tensor(a * T))
     hit = (labels_n != IGNORE).nonzero().flatten()
-    log_q, at = ((x_nv[hit] + s_bias_v) * T).log_softmax(-1), (torch.arange(len(hit), device=hit.device), labels_n[hit])
+    log_q = ((x_nv.index_select(0, hit) + s_bias_v) * T).log_softmax(-1)  # rows whole; x_nv[hit] picks number by number
+    at = torch.arange(len(hit), device=hit.device), labels_n[hit]
     ce = -log_q[at].sum()
     hard = log_q.exp_()
     hard[at] -= 1

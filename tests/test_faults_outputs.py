@@ -337,7 +337,7 @@ def test_make_hands_a_name_on_and_reads_it_never(tmp_path, value, door, fault):
     for name in ("distilrepro", "papermill"):
         (tmp_path / ".venv/bin" / name).write_text(tool)
         (tmp_path / ".venv/bin" / name).chmod(0o755)
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "constraints.txt", ".venv/run", ".venv/dev", ".venv/bench"):  # installed, and nothing newer
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "constraints.txt", ".venv/run", ".venv/dev", ".venv/bench"):  # installed
         (tmp_path / name).write_text("")
     with fault("outputs", "a run's name on make's command line"):
         done = subprocess.run(["make", door, f"RUN={value}"], cwd=tmp_path, capture_output=True, text=True)
