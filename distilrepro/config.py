@@ -205,7 +205,7 @@ class Student(Section):
     architecture: Literal["distilbert", "bert"] = "distilbert"  # `bert` keeps the token types, as TinyDistilBERT did
     seed: int = 56
 
-# %% ../nbs/lib/01_config.ipynb #0ddb9c7d
+# %% ../nbs/lib/01_config.ipynb #dab454e1
 class Loss(Section):
     "The triple loss."
     temperature: Positive = 2.0
@@ -216,7 +216,7 @@ class Loss(Section):
     kl_mean_over: Literal["tokens", "sequences"] = "tokens"  # `sequences`: too large by the length (B1)
     cos_tokens: Literal["all", "cls"] = "all"  # `cls`: only the first token is aligned (B3)
     targets: Literal["exact", "stored", "int8"] = "exact"  # `stored`: computed once, so masks repeat; `int8`: from a coarser teacher
-    compile: bool = False  # the vocabulary terms' kernel: some 10 s once in a process, then steps a few percent faster
+    compile: bool = True  # a kernel of its own for the vocabulary terms; false: torch's operations, which take longer
 
     @model_validator(mode="after")
     def _not_empty(self):

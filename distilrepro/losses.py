@@ -6,7 +6,7 @@
 __all__ = ['DEPARTURES', 'select_rows', 'soft_ce', 'mlm_ce', 'hidden_cosine', 'head_rows', 'decoder', 'vocab_terms', 'Counts',
            'count', 'term_rows', 'divisors', 'triple_loss', 'departures']
 
-# %% ../nbs/lib/08_losses.ipynb #74dbe3ff
+# %% ../nbs/lib/08_losses.ipynb #9aaa75ea
 from dataclasses import astuple, dataclass
 
 import torch
@@ -14,9 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DistilBertForMaskedLM, PreTrainedModel
 
-from .blocks import product_type
 from .config import Loss, UserError
-from .fused import IGNORE, compile_first, vocab_loss
+from .fused import IGNORE, vocab_loss
 from .packing import hidden_rows
 
 # %% ../nbs/lib/08_losses.ipynb #19e3ec3a
@@ -135,7 +134,7 @@ def divisors(
     cos = {"all": counts.tokens, "cls": counts.sequences}[args.cos_tokens]
     return max(kl, 1), max(counts.masked, 1), max(cos, 1)
 
-# %% ../nbs/lib/08_losses.ipynb #fbb94cc3
+# %% ../nbs/lib/08_losses.ipynb #7685ccd9
 def triple_loss(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -151,8 +150,6 @@ def triple_loss(
     padded = args.positions == "padded"
     computed_bl = torch.ones_like(chosen_bl) if padded else attention_bl.bool()  # positions that have a row of hidden states
     chosen_n, cos_n = chosen_bl[computed_bl], cos_bl[computed_bl]
-    if args.compile:
-        compile_first(len(decoder(student)[0]), product_type(decoder(student)[0]), ids_bl.device.type)
     with torch.inference_mode():
         t_hidden = hidden_rows(teacher, ids_bl, attention_bl, padded) if t_hidden_nd is None else t_hidden_nd
         t_rows = head_rows(teacher, select_rows(t_hidden, chosen_n))

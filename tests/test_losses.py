@@ -42,8 +42,8 @@ def whole(teacher, labels, T, a, b):
     return f
 
 
-def pieces(teacher, labels, T, a, b):
-    return lambda rows, w, bias: vocab_loss(rows, (w, bias), *teacher, labels, T, a, b)[0]
+def pieces(teacher, labels, T, a, b, compiled=False):
+    return lambda rows, w, bias: vocab_loss(rows, (w, bias), *teacher, labels, T, a, b, compiled)[0]
 
 
 @settings(deadline=None, max_examples=60)
@@ -66,12 +66,13 @@ def test_pieces_equal_whole_matrices(n, blocks, block, masked, T, weights, seed)
 
 
 @pytest.mark.parametrize("n", [1, ROWS - 1, ROWS, *(PIECE["cpu"] + n for n in (-1, 0, 1, PIECE["cpu"] + 33))])
-@pytest.mark.parametrize("cache", [0, CACHE])
+@pytest.mark.parametrize("cache", [0, CACHE, None])
 def test_pieces_of_the_real_size_equal_whole_matrices(n, cache, monkeypatch):
-    monkeypatch.setattr(fused, "CACHE", cache)
+    "In blocks of two sizes, and by the kernel in C, which has none."
+    monkeypatch.setattr(fused, "CACHE", cache or 0)
     tensors, teacher, labels = case(n, vocab=7, dtype=torch.float32)
-    got, want = (gradients(f(teacher, labels, 2.0, 5 / n, 2 / n), tensors) for f in (pieces, whole))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    got = gradients(pieces(teacher, labels, 2.0, 5 / n, 2 / n, compiled=cache is None), tensors)
+    torch.testing.assert_close(got, gradients(whole(teacher, labels, 2.0, 5 / n, 2 / n), tensors), rtol=1e-4, atol=1e-6)
 
 
 def test_terms_equal_a_loop_over_tokens():
@@ -95,11 +96,12 @@ def test_gradient_equals_finite_differences(T, masked):
     assert torch.autograd.gradcheck(pieces(teacher, labels, T, 5.0, 2.0), tensors)
 
 
-def test_bfloat16_gradients_point_the_same_way():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_gradients_point_the_same_way(compiled):
     tensors, teacher, labels = case(700, d=64, vocab=1000, masked=0.15, dtype=torch.float32, spread=0.3)
     value, exact = gradients(pieces(teacher, labels, 2.0, 5 / 700, 2 / 100), tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        low_value, low = gradients(pieces(teacher, labels, 2.0, 5 / 700, 2 / 100), tensors)
+        low_value, low = gradients(pieces(teacher, labels, 2.0, 5 / 700, 2 / 100, compiled), tensors)
     assert low_value.item() == pytest.approx(value.item(), rel=1e-2)
     for got, want in zip(low, exact, strict=True):
         assert got.dtype == torch.float32
@@ -133,40 +135,38 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(upstream):
     torch.testing.assert_close([t.grad for t in tensors], list(want))
 
 
-COMPILED = """
+MERGED = """
 import torch
 from distilrepro import fused
-from distilrepro.fused import IGNORE, vocab_loss
 fused.CACHE = 0  # blocks of as many rows as a large vocabulary gets
 torch.manual_seed(0)
-rows, weight, bias = torch.randn(37, 8), torch.randn(101, 8), torch.randn(101)
-other = torch.randn(37, 8), (torch.randn(101, 8), torch.randn(101)), torch.full((37,), IGNORE).index_fill(0, torch.tensor([3, 30]), 7)
+x, y, biases = torch.randn(37, 101), torch.randn(37, 101), torch.randn(2, 101)
+labels = torch.full((37,), -100).index_fill(0, torch.tensor([3, 30]), 7)
 out = []
-for compiled in (False, True):
-    leaves = [x.clone().requires_grad_() for x in (rows, weight, bias)]
-    loss, *sums = vocab_loss(leaves[0], leaves[1:], *other, 2.0, 0.3, 0.7, compiled)
-    loss.backward()
-    out.append([loss.detach(), *sums, *(x.grad for x in leaves)])
+for soften in (fused._soften, fused._softened()):
+    z = x.clone()
+    out.append([z, *map(sum, zip(*fused._in_blocks(z, y, *biases, labels, (2.0, 0.3, 0.7), soften)))])
 torch.testing.assert_close(*out)
-for tokens in (3, 5, 7):  # every batch has its own weights, and one kernel serves them all
-    vocab_loss(rows, (weight, bias), *other, 2.0, 0.3 / tokens, 0.7 / tokens, True)
+for tokens in (3, 5, 7):  # every batch has its own weights, and one graph serves them all
+    list(fused._in_blocks(x.clone(), y, *biases, labels, (2.0, 0.3 / tokens, 0.7 / tokens), fused._softened()))
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1, torch._dynamo.utils.counters["stats"]
 """
 
 
 @pytest.mark.parametrize("compiler", [None, "/no/such/compiler"])
-def test_compiled_kernel_or_none_the_result_is_the_same(compiler, tmp_path):
-    "Two blocks of 16 rows and a rest of 5; in a process of its own, since what is compiled stays."
+def test_passes_that_torch_merges_or_not_give_the_same(compiler, tmp_path):
+    "Two blocks of 16 rows and a rest of 5, as on a GPU; in a process of its own, since what is compiled stays."
     if compiler is None and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler on this machine")
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | ({"CXX": compiler} if compiler else {})
-    done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", MERGED], env=env, capture_output=True, text=True, check=True)
     assert ("WON'T CONVERT" in done.stderr) == bool(compiler)
 
 
-def test_large_logits_stay_finite():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_large_logits_stay_finite(compiled):
     tensors, teacher, labels = case(9, spread=60.0, dtype=torch.float32)
-    value, grads = gradients(pieces(teacher, labels, 1.0, 5.0, 2.0), tensors)
+    value, grads = gradients(pieces(teacher, labels, 1.0, 5.0, 2.0, compiled), tensors)
     assert torch.isfinite(value) and all(torch.isfinite(g).all() for g in grads)
 
 
@@ -231,25 +231,3 @@ def test_vocabularies_and_widths_that_differ_are_named():
         vocab_loss(tensors[0], tuple(tensors[1:]), teacher[0], (teacher[1][0][:10], teacher[1][1][:10]), labels, 2.0, 1.0, 1.0)
     with pytest.raises(UserError, match="w_cos=0"):
         hidden_cosine(torch.ones(3, 4), torch.ones(3, 5))
-
-
-def test_a_kernel_compiled_first_is_the_one_that_training_uses(tmp_path):
-    "One graph in all, under autocast too: what is compiled before a step fits what the step asks for."
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler on this machine")
-    code = """
-import torch
-from torch._dynamo.utils import counters
-from distilrepro.blocks import product_type
-from distilrepro.fused import IGNORE, compile_first, vocab_loss
-n, words = 9000, 61
-weights, bias = torch.randn(2, words, 8), torch.randn(2, words)
-side = weights[0].requires_grad_(), bias[0].requires_grad_()
-with torch.autocast("cpu", torch.bfloat16):
-    compile_first(words, product_type(side[0]), "cpu")
-    before = dict(counters["stats"])
-    loss, *_ = vocab_loss(torch.randn(n, 8), side, torch.randn(n, 8), (weights[1], bias[1]), torch.full((n,), IGNORE), 2.0, 0.3, 0.7, True)
-assert before["unique_graphs"] == counters["stats"]["unique_graphs"] == 1, counters
-"""
-    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
