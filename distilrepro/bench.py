@@ -361,7 +361,7 @@ def exact_records(
     found = {name: exactness(replace(work, bf16=t), folder) for name, t in types.items()}
     return [dict(model=m, task=work.name, split="float64", metric=k, value=v) for m, values in found.items() for k, v in values.items()]
 
-# %% ../nbs/lib/13d_bench.ipynb #7a679221
+# %% ../nbs/lib/13d_bench.ipynb #f0f58fab
 def _apart(ours: Ours, ids: np.ndarray) -> dict[str, float]:
     "Make an update part by part; returns seconds."
     marks, (student, teacher, args) = [("", time.perf_counter())], (ours.student, ours.teacher, ours.work.loss)
@@ -377,7 +377,7 @@ def _apart(ours: Ours, ids: np.ndarray) -> dict[str, float]:
         s_rows = head_rows(student, s_hidden)
         mark("student forward")
         labels, a, c = b.labels_bl[b.attention_bl.bool()], args.w_ce / b.counts.tokens, args.w_mlm / b.counts.masked
-        loss, *_ = vocab_loss(s_rows, decoder(student), t_rows.clone(), decoder(teacher), labels, args.temperature, a, c, args.compile)
+        loss, *_ = vocab_loss(s_rows, decoder(student), t_rows, decoder(teacher), labels, args.temperature, a, c, args.compile)
         mark("vocabulary")
         loss = loss + args.w_cos * hidden_cosine(s_hidden.float(), t_hidden.float()) / b.counts.tokens
     loss.backward()

@@ -84,18 +84,26 @@ def _widened(
     least = torch.promote_types(bias_v.dtype, torch.float32)
     return F.pad(bias_v.to(least) / T, (0, _row(len(bias_v)) - len(bias_v)), value=-1e4)
 
-# %% ../nbs/lib/07ab_fused.ipynb #e0074d19
+# %% ../nbs/lib/07ab_fused.ipynb #fba135b3
 PIECE = dict(cpu=512, cuda=4096)  # rows of one matrix product
 BLOCK = dict(cpu=16, cuda=4096)  # rows of one softmax, at least
 CACHE = 500_000  # numbers that it may have where these rows have fewer
 
-
+# %% ../nbs/lib/07ab_fused.ipynb #b9e71525
 def _block(
     words: int,
     kind: str,  # of device
 ) -> int:
     "Count the rows of one softmax."
     return max(BLOCK[kind], CACHE // words)
+
+# %% ../nbs/lib/07ab_fused.ipynb #89f244d6
+def _share(
+    words: int,
+    kind: str,
+) -> int:
+    "Count the rows of a piece that the teacher's logits are computed for at a time: half, or a block."
+    return min(PIECE[kind], max(PIECE[kind] // 2, _block(words, kind)))
 
 # %% ../nbs/lib/07ab_fused.ipynb #db02dfa2
 def _in_blocks(
@@ -148,7 +156,7 @@ def _add_product(
     for to, rows in zip(sum_mn.split(STRIP), a_mk.split(STRIP), strict=True):
         (to.zero_() if first else to).add_(rows @ b_kn, alpha=scale)
 
-# %% ../nbs/lib/07ab_fused.ipynb #fcef219d
+# %% ../nbs/lib/07ab_fused.ipynb #ce533919
 class _Pieces(torch.autograd.Function):
     "Both vocabulary terms, piece by piece; the gradients are computed on the way forward."
 
@@ -158,21 +166,22 @@ class _Pieces(torch.autograd.Function):
         s_lo, t_lo = s_w.to(low), t_w.to(low)  # copies where the type is coarser, else the projections themselves
         s_c, t_c = _widened(s_b, T), _widened(t_b, T)
         s_rows, t_rows = ((x / T).to(low) for x in (s_nd, t_nd))
-        d_rows, d_w, d_b = torch.empty_like(s_rows), torch.empty_like(s_w), torch.zeros_like(s_c)
-        s_buf, t_buf = (_buffer(min(PIECE[kind], len(s_nd)), words, s_rows) for _ in range(2))
+        d_w, d_b, part = torch.empty_like(s_w), torch.zeros_like(s_c), _share(words, kind)
+        s_buf, t_buf = (_buffer(min(n, len(s_nd)), words, s_rows) for n in (PIECE[kind], part))
         kl = ce = torch.zeros((), dtype=s_c.dtype, device=s_nd.device)
         finish = _finisher(compiled, low, kind)
         with torch.autocast(kind, enabled=False):
             for i in range(0, len(s_nd), PIECE[kind]):
                 k = slice(i, i + PIECE[kind])
-                s_long, t_long = s_buf[: len(s_rows[k])], t_buf[: len(s_rows[k])]
+                s_long = s_buf[: len(s_rows[k])]
                 s_logits = torch.mm(s_rows[k], s_lo.T, out=s_long[:, :words])
-                torch.mm(t_rows[k], t_lo.T, out=t_long[:, :words])
-                for d_b_k, kl_k, ce_k in finish(s_long, t_long, s_c, t_c, labels_n[k], weights):
-                    kl, ce, d_b = kl + kl_k, ce + ce_k, d_b.add_(d_b_k)
-                torch.mm(s_logits, s_lo, out=d_rows[k])  # the buffer now holds the gradient
-                _add_product(d_w, s_logits.T, s_rows[k], T, first=i == 0)  # rows were divided by T
-        ctx.save_for_backward(d_rows.to(s_nd.dtype), d_w if len(s_nd) else d_w.zero_(), d_b[:words].to(s_b.dtype))
+                for x, rows, labels in zip(*(z.split(part) for z in (s_long, t_rows[k], labels_n[k])), strict=True):
+                    torch.mm(rows, t_lo.T, out=t_buf[: len(x), :words])
+                    for d_b_k, kl_k, ce_k in finish(x, t_buf[: len(x)], s_c, t_c, labels, weights):
+                        kl, ce, d_b = kl + kl_k, ce + ce_k, d_b.add_(d_b_k)
+                _add_product(d_w, s_logits.T, s_rows[k], T, first=i == 0)  # the buffer holds the gradient now; rows were divided by T
+                torch.mm(s_logits, s_lo, out=s_rows[k])  # which are not needed any more
+        ctx.save_for_backward(s_rows.to(s_nd.dtype), d_w if len(s_nd) else d_w.zero_(), d_b[:words].to(s_b.dtype))
         ctx.mark_non_differentiable(kl, ce)
         return a * kl + b * ce, kl, ce
 

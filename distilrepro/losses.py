@@ -134,7 +134,7 @@ def divisors(
     cos = {"all": counts.tokens, "cls": counts.sequences}[args.cos_tokens]
     return max(kl, 1), max(counts.masked, 1), max(cos, 1)
 
-# %% ../nbs/lib/08_losses.ipynb #7685ccd9
+# %% ../nbs/lib/08_losses.ipynb #df32a362
 def triple_loss(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -156,7 +156,7 @@ def triple_loss(
     s_hidden = hidden_rows(student, ids_bl, attention_bl, padded)
     s_rows = head_rows(student, select_rows(s_hidden, chosen_n))
     labels_n, a, b = labels_bl[chosen_bl], args.w_ce / n_ce, args.w_mlm / n_mlm
-    loss, kl, ce = vocab_loss(s_rows, decoder(student), t_rows.clone(), decoder(teacher), labels_n, args.temperature, a, b, args.compile)
+    loss, kl, ce = vocab_loss(s_rows, decoder(student), t_rows, decoder(teacher), labels_n, args.temperature, a, b, args.compile)
     parts = {"ce": kl / n_ce, "mlm": ce / n_mlm}
     if args.w_cos:
         least = torch.promote_types(s_hidden.dtype, torch.float32)  # bfloat16 is too coarse for a difference from one
