@@ -37,7 +37,7 @@ def build(
             raise OSError(f"{compiler} failed: {done.stderr.strip()[-300:]}")
         return ctypes.CDLL(f"{folder}/kernel.so")
 
-# %% ../nbs/lib/07a_kernel.ipynb #837cfd33
+# %% ../nbs/lib/07a_kernel.ipynb #c8e5cd43
 EXPONENTIAL = """
 #include <math.h>
 #include <stdint.h>
@@ -58,14 +58,14 @@ static inline float exponential(float x) {  // of zero or less; zero where the r
 }
 """
 
-# %% ../nbs/lib/07a_kernel.ipynb #126e091b
+# %% ../nbs/lib/07a_kernel.ipynb #6935015f
 SINGLE = """
 typedef float number;
 static inline float load(number x) { return x; }
 static inline number store(float x) { return x; }
 """
 
-# %% ../nbs/lib/07a_kernel.ipynb #dcf66ccb
+# %% ../nbs/lib/07a_kernel.ipynb #13ead6b3
 HALF = """
 typedef uint16_t number;
 
@@ -84,7 +84,7 @@ static inline number store(float f) {
 """
 NUMBERS = {torch.float32: SINGLE, torch.bfloat16: HALF}
 
-# %% ../nbs/lib/07a_kernel.ipynb #f867ff6e
+# %% ../nbs/lib/07a_kernel.ipynb #a0f65098
 LARGEST = """
 static float largest(int64_t words, const number *restrict x, const float *restrict c) {
   float top = -INFINITY;
@@ -97,7 +97,7 @@ static float largest(int64_t words, const number *restrict x, const float *restr
 }
 """
 
-# %% ../nbs/lib/07a_kernel.ipynb #8bb4a71b
+# %% ../nbs/lib/07a_kernel.ipynb #4c2872ca
 COMPARE = """
 static double compare(int64_t words, const number *restrict x, const number *restrict y, const float *restrict c, const float *restrict d,
                       float *restrict q, float *restrict p, float *q_sum, float *p_sum) {
@@ -113,7 +113,7 @@ static double compare(int64_t words, const number *restrict x, const number *res
 }
 """
 
-# %% ../nbs/lib/07a_kernel.ipynb #633532f8
+# %% ../nbs/lib/07a_kernel.ipynb #87c21160
 WRITE = """
 static void combine(int64_t words, number *restrict x, const float *restrict q, float by_q, const float *restrict p, float by_p,
                     float *restrict bias) {
@@ -125,7 +125,7 @@ static void combine(int64_t words, number *restrict x, const float *restrict q, 
 }
 """
 
-# %% ../nbs/lib/07a_kernel.ipynb #83401af4
+# %% ../nbs/lib/07a_kernel.ipynb #f63d15cf
 HARDEN = """
 static double harden(int64_t words, const number *restrict x, const float *restrict c, int64_t label, float T,
                      float *restrict q, float by_q, float *restrict p, float by_p, float *h_sum) {
@@ -140,7 +140,7 @@ static double harden(int64_t words, const number *restrict x, const float *restr
 }
 """
 
-# %% ../nbs/lib/07a_kernel.ipynb #5b0c5b73
+# %% ../nbs/lib/07a_kernel.ipynb #08e19f20
 ROW = """
 static void finish(int64_t words, number *x, const number *y, const float *c, const float *d, int64_t label, const float *weights,
                    float *q, float *p, float *bias, double *sums) {
@@ -157,7 +157,7 @@ static void finish(int64_t words, number *x, const number *y, const float *c, co
 }
 """
 
-# %% ../nbs/lib/07a_kernel.ipynb #2e11b802
+# %% ../nbs/lib/07a_kernel.ipynb #c9585cdd
 ROWS = """
 void finish_rows(int64_t rows, int64_t words, number *x, const number *y, const float *c, const float *d, const int64_t *labels,
                  const float *weights, float *room, float *bias, double *sums) {

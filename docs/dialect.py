@@ -85,7 +85,8 @@ def code(cell: dict, source: str) -> dict | None:
     shown = {f"code_prompt_{k}": options["code-summary"] for k in ("show", "hide")} if "code-summary" in options else {}
     if "fig-alt" in options:
         shown["image"] = {"alt": options["fig-alt"]}
-    metadata = {"tags": sorted(tags | ({"hide-input"} if "code-fold" in options else set()))} | ({"mystnb": shown} if shown else {})
+    tags |= {"hide-input"} if options.get("code-fold") == "true" else set()
+    metadata = {"tags": sorted(tags)} | ({"mystnb": shown} if shown else {})
     return {"source": body, "metadata": metadata, "outputs": cell["outputs"], "execution_count": None}
 
 

@@ -42,6 +42,8 @@ def test_directives_become_tags_and_vanish():
     assert shown["source"] == "x = 1" and shown["metadata"]["tags"] == ["remove-input", "remove-output"]
     folded = code(cell(""), "#| code-fold: true\n#| code-summary: \"how\"\nx")
     assert folded["metadata"] == {"tags": ["hide-input"], "mystnb": {"code_prompt_show": "how", "code_prompt_hide": "how"}}
+    open_ = code(cell(""), "#| code-fold: show\n#| code-summary: \"Exported source\"\nx")  # what nbdev makes of `#| exports`
+    assert open_["metadata"]["tags"] == []
     drawn = code(cell(""), "#| fig-alt: A line: it rises.\nplot()")
     assert drawn["source"] == "plot()" and drawn["metadata"]["mystnb"] == {"image": {"alt": "A line: it rises."}}
     assert code(cell(""), "#| include: false\nx") is None and code(cell(""), "#| default_exp a") is None
