@@ -167,17 +167,20 @@ void finish_rows(int64_t rows, int64_t words, number *x, const number *y, const 
 """
 PASSES = LARGEST, COMPARE, WRITE, HARDEN, ROW, ROWS
 
-# %% ../nbs/lib/07a_kernel.ipynb #0694828d
+# %% ../nbs/lib/07a_kernel.ipynb #1401b37c
 def _finish_rows(
     program: Callable,  # `finish_rows` for this type of logits
     x_nv: torch.Tensor,  # student logits, divided by T, before the bias; overwritten with the gradient
     y_nv: torch.Tensor,  # teacher logits, likewise
     s_bias_v: torch.Tensor,  # float32, divided by T
     t_bias_v: torch.Tensor,
-    labels_n: torch.Tensor,  # int64, negative where nothing was masked
+    labels_n: torch.Tensor,  # token ids, negative where nothing was masked
     weights: tuple[float, float, float],  # T, a, b
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # of each thread's rows: gradient by the bias; the sums of both terms
-    "Finish rows of logits."
+    "Finish rows of logits; raises `IndexError` for a label that is no word."
+    labels_n = labels_n.to(torch.int64).contiguous()  # the kernel reads memory as it is told
+    if len(labels_n) and int(labels_n.max()) >= x_nv.shape[1]:
+        raise IndexError(f"label {int(labels_n.max())} is no word of a vocabulary of {x_nv.shape[1]}")
     words, parts = x_nv.shape[1], max(1, min(torch.get_num_threads(), len(x_nv)))
     room_p2v, bias_pv, sums_p2 = torch.empty(parts, 2, words), torch.zeros(parts, words), torch.zeros(parts, 2, dtype=torch.double)
     given = torch.tensor(weights)

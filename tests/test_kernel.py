@@ -73,6 +73,24 @@ def test_what_is_no_number_is_not_hidden(kind, bad, side):
     assert not torch.isfinite(summed(kernel_for(kind)(*given_, (2.0, 1.0, 1.0)))[1])
 
 
+@pytest.mark.parametrize("bad", [40, 2**40])
+def test_a_label_beyond_the_vocabulary_is_refused_before_memory_is_touched(bad):
+    x_nv, y_nv, *biases, labels = case(4, 40, torch.float32, 0.0, 1.0, 0)
+    before, labels[2] = x_nv.clone(), bad
+    with pytest.raises(IndexError, match=f"label {bad} is no word"):
+        kernel_for(torch.float32)(x_nv, y_nv, *biases, labels, (2.0, 1.0, 1.0))
+    assert torch.equal(x_nv, before)
+
+
+def test_labels_of_another_type_or_stride_are_read_as_they_mean():
+    found = []
+    for change in (lambda z: z, lambda z: z.int(), lambda z: torch.stack([z, z + 1], 1)[:, 0]):
+        x_nv, y_nv, *biases, labels = case(9, 40, torch.float32, 0.5, 1.0, 3)
+        found.append((x_nv, *summed(kernel_for(torch.float32)(x_nv, y_nv, *biases, change(labels), (2.0, 0.3, 0.7)))))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 def test_rows_of_several_threads_are_the_same_bits_again():
     found = []
     for _ in range(2):
