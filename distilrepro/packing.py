@@ -61,7 +61,7 @@ def _cheap(
     "Does the padding of a batch cost less than a call of attention for each sequence?"
     return width <= NARROW and int((attention_bl == 0).sum()) * width <= CALL * len(attention_bl)
 
-# %% ../nbs/lib/06ab_packing.ipynb #75ca48b9
+# %% ../nbs/lib/06ab_packing.ipynb #ebd8a2cc
 def hidden_rows(
     model: PreTrainedModel,  # a BERT or a DistilBERT with any head
     ids_bl: torch.Tensor,  # int64, padding on the right
@@ -76,6 +76,6 @@ def hidden_rows(
     places_bl = torch.arange(ids_bl.shape[1], device=ids_bl.device).expand_as(ids_bl)
     widths, lengths = keep_bl.sum(1).tolist(), attention_bl.sum(1).tolist()
     row = dict(input_ids=ids_bl[keep_bl][None], position_ids=places_bl[keep_bl][None])
-    if torch.is_grad_enabled() and ids_bl.device.type == "cpu" and is_stock(encoder):
+    if ids_bl.device.type == "cpu" and is_stock(encoder):
         return layer_rows(encoder, encoder.embeddings(**row)[0], widths, lengths)
     return encoder(**row, widths=widths, lengths=lengths).last_hidden_state[0]

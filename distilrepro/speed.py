@@ -87,18 +87,19 @@ def cpu_has_bf16() -> bool:
     "Say whether this processor multiplies bfloat16 matrices in hardware."
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-# %% ../nbs/lib/13_speed.ipynb #1b73ec96
+# %% ../nbs/lib/13_speed.ipynb #0de99212
 def matrix_rate(
     bf16: bool = False,
     shape: tuple[int, int, int] = (1024, 1024, 1024),  # rows, inputs, outputs
+    multiply: Callable[[torch.Tensor, torch.Tensor], object] | None = None,  # rows, weight; None: `torch.mm` into memory that is there
 ) -> float:  # floating-point operations a second
     "Measure the rate of a matrix product as a linear layer makes it, best of three."
     kind, (m, k, n) = torch.bfloat16 if bf16 else torch.float32, shape
     x_mk, w_nk, out_mn = (torch.randn(*s).to(kind) for s in ((m, k), (n, k), (m, n)))
-    best = float("inf")
+    multiply, best = multiply or (lambda x_mk, w_nk: torch.mm(x_mk, w_nk.T, out=out_mn)), float("inf")
     for _ in range(4):  # the first warms up
         start = time.perf_counter()
-        torch.mm(x_mk, w_nk.T, out=out_mn)
+        multiply(x_mk, w_nk)
         best = min(best, time.perf_counter() - start)
     return 2 * m * k * n / best
 

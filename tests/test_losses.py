@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM
 
-from distilrepro import fused
+from distilrepro import fused, products
 from distilrepro.config import Loss, UserError
 from distilrepro.fused import BLOCK, CACHE, IGNORE, PIECE, vocab_loss
 from distilrepro.losses import Counts, count, hidden_cosine, triple_loss, vocab_terms
+from distilrepro.products import product
 from distilrepro.student import build_student
 
 ROWS = BLOCK["cpu"]
@@ -73,6 +74,19 @@ def test_pieces_of_the_real_size_equal_whole_matrices(n, cache, monkeypatch):
     tensors, teacher, labels = case(n, vocab=7, dtype=torch.float32)
     got = gradients(pieces(teacher, labels, 2.0, 5 / n, 2 / n, compiled=cache is None), tensors)
     torch.testing.assert_close(got, gradients(whole(teacher, labels, 2.0, 5 / n, 2 / n), tensors), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "models"), [(fused.OWN - 3, 0), (fused.OWN - 1, 1), (fused.OWN, 2)])
+def test_wide_logits_come_from_the_other_library(width, models, monkeypatch):
+    "The teacher is two wider; with 261 words, no multiple of 16, and a last piece that is not full."
+    asked = []
+    monkeypatch.setattr(products, "_has_onednn", torch.backends.mkldnn.is_available)
+    monkeypatch.setattr(fused, "product", lambda x, w: asked.append(len(x)) or product(x, w))
+    n = PIECE["cpu"] + 100
+    tensors, teacher, labels = case(n, d=width, vocab=261, dtype=torch.float32, spread=0.05)
+    got = gradients(pieces(teacher, labels, 2.0, 5 / n, 2 / n), tensors)
+    torch.testing.assert_close(got, gradients(whole(teacher, labels, 2.0, 5 / n, 2 / n), tensors), rtol=1e-4, atol=1e-5)
+    assert sum(asked) == models * n * torch.backends.mkldnn.is_available()
 
 
 def test_terms_equal_a_loop_over_tokens():
@@ -137,7 +151,7 @@ def test_a_graph_that_is_kept_gives_its_gradients_again(upstream):
 
 MERGED = """
 import torch
-from distilrepro import fused
+from distilrepro import fused, products
 fused.CACHE = 0  # blocks of as many rows as a large vocabulary gets
 torch.manual_seed(0)
 x, y, biases = torch.randn(37, 101), torch.randn(37, 101), torch.randn(2, 101)
